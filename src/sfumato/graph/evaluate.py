@@ -1,0 +1,131 @@
+"""Float evaluation of a program's nodes by the ATen call itself: at the client, at the owner, and for calibration."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.errors import CaptureError
+from sfumato.graph.program import Node, map_refs
+
+__all__ = ["call", "evaluate", "resolve"]
+
+Visit = Callable[[Node, tuple[Any, ...], Mapping[str, Any], Tensor], None]
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """The function behind a target.
+
+    Raises:
+        CaptureError: this installation has no such operation, or it is not one that a plan may name.
+    """
+    if target in _OURS:
+        return _OURS[target]
+    namespace, _, rest = target.partition(".")
+    name, _, overload = rest.partition(".")
+    packet = getattr(torch.ops.aten, name, None) if namespace == "aten" and name not in _REFUSED else None
+    found = getattr(packet, overload, None)
+    if not callable(found):
+        raise CaptureError(f"there is no operation {target} in this installation of torch ({torch.__version__})")
+    return found
+
+
+def call(node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """One node in float32; half-precision weights are widened on the way in."""
+    return resolve(node.target)(*(_widen(a) for a in args), **{k: _widen(v) for k, v in kwargs.items()})
+
+
+def evaluate(
+    nodes: Iterable[Node], values: Mapping[str, Tensor], keep: Collection[str], visit: Visit | None = None
+) -> dict[str, Tensor]:
+    """Run ``nodes`` in order from ``values``; what ``keep`` names is returned, everything else freed after its last use."""
+    nodes = list(nodes)
+    last: dict[str, int] = {name: i for i, node in enumerate(nodes) for name in node.refs()}
+    live: dict[str, Tensor] = {}
+
+    def value(name: str) -> Tensor:
+        return live[name] if name in live else values[name]
+
+    with torch.inference_mode():
+        for i, node in enumerate(nodes):
+            args = map_refs(node.args, value)
+            kwargs = {k: map_refs(v, value) for k, v in node.kwargs.items()}
+            out = call(node, args, kwargs)
+            if visit is not None:
+                visit(node, args, kwargs, out)
+            live[node.name] = out
+            del args, kwargs, out
+            for name in node.refs():
+                if last[name] == i and name not in keep:
+                    live.pop(name, None)
+    return {name: value(name) for name in keep}
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(torch.float32) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return [_widen(v) for v in value]
+    return value
+
+
+# ---- our own targets ------------------------------------------------------------------------------------------
+
+
+def _one_hot(ids: Tensor, size: int) -> Tensor:
+    """ids (...) -> (..., size), one 1 in each row."""
+    return F.one_hot(ids.to(torch.int64), size).to(torch.float32)
+
+
+def _positions_one_hot(indices: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+    """Rows that pick ``x[indices]`` out of x's leading axes ``shape``, flattened: (n, prod(shape))."""
+    size = 1
+    for d in shape:
+        size *= d
+    flat = torch.arange(size).reshape(tuple(shape))[tuple(indices)]
+    return _one_hot(flat.reshape(-1), size)
+
+
+def _to_float(mask: Tensor) -> Tensor:
+    return mask.to(torch.float32)
+
+
+def _norm_scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    scale = torch.rsqrt(variance + eps)
+    return scale if weight is None else scale * weight
+
+
+def _norm_shift(bias: Tensor | None, mean: Tensor, scale: Tensor) -> Tensor:
+    return -mean * scale if bias is None else bias - mean * scale
+
+
+def _scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight (O, ...) with row o times scale[o]."""
+    return weight * scale.reshape(-1, *([1] * (weight.dim() - 1)))
+
+
+def _scale_bias(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    return shift if bias is None else bias * scale + shift
+
+
+def _getitem(values: Any, index: int) -> Tensor:
+    found: Tensor = operator.getitem(values, index)
+    return found
+
+
+_REFUSED = frozenset(("from_file", "save"))
+_OURS: dict[str, Callable[..., Any]] = {
+    "aten.getitem.int": _getitem,
+    "sfumato.one_hot": _one_hot,
+    "sfumato.positions_one_hot": _positions_one_hot,
+    "sfumato.to_float": _to_float,
+    "sfumato.norm_scale": _norm_scale,
+    "sfumato.norm_shift": _norm_shift,
+    "sfumato.scale_rows": _scale_rows,
+    "sfumato.scale_bias": _scale_bias,
+}

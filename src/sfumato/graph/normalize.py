@@ -1,0 +1,181 @@
+"""Clean-up of a fresh capture: calls that change nothing are removed, and every call has one result and one spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sfumato.graph.program import Arg, Node, Program, Ref, map_refs
+
+__all__ = ["normalize", "without_dead_code"]
+
+#: First argument passed through unchanged (float types are all float32 here, and memory layout is nobody's business).
+_IDENTITIES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias.default", "contiguous.default", "clone.default", "detach.default", "detach_.default", "dropout.default",
+        "dropout_.default", "feature_dropout.default", "alpha_dropout.default", "lift_fresh.default",
+        "lift_fresh_copy.default", "lift.default", "positive.default", "resolve_conj.default", "resolve_neg.default",
+    )
+)  # fmt: skip
+_CASTS = {
+    "aten.to.dtype": 1, "aten.to.dtype_layout": None, "aten.to.device": 2, "aten.to.other": None, "aten._to_copy.default": None,
+    "aten.type_as.default": None, "aten.float.default": None, "aten.double.default": None,
+}  # fmt: skip
+_ASSERTIONS = ("aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._functional_sym")
+_RENAMED = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+    "aten.view_copy.default": "aten.reshape.default",
+    "aten._reshape_copy.default": "aten.reshape.default",
+    "aten.split_with_sizes.default": "aten.split.sizes",
+    "aten.native_layer_norm.default": "aten.layer_norm.default",
+}
+_SHAPE_ONLY = frozenset(
+    ("aten.reshape.default", "aten.expand.default", "aten.slice.Tensor", "aten.flatten.using_ints", "aten.squeeze.default")
+)
+
+
+def normalize(program: Program) -> Program:
+    """The same program with identities, assertions and multi-result calls rewritten away, and no dead code."""
+    types = dict(program.types)
+    known: dict[str, Ref] = {}
+    multi: dict[str, Node] = {}
+    nodes: list[Node] = []
+    for raw in program.nodes:
+        if raw.target.startswith(_ASSERTIONS):
+            continue
+        node = _renamed(raw, known)
+        same = _identity(node, types)
+        if same is not None:
+            known[node.name] = same
+            continue
+        if node.target == "aten.getitem.int" and node.args[0].name in multi:
+            node = _single(multi[node.args[0].name], node)
+            types[node.name] = (node.shape, node.dtype)
+        elif node.target in _SPLITS or node.target in _FIRSTS:
+            multi[node.name] = node
+        nodes.append(node)
+    outputs = tuple(map_refs(o, lambda n: known.get(n, Ref(n))) for o in program.outputs)
+    return without_dead_code(replace(program, nodes=tuple(nodes), outputs=outputs))
+
+
+def _renamed(node: Node, known: dict[str, Ref]) -> Node:
+    def follow(arg: Arg) -> Any:
+        return map_refs(arg, lambda n: known.get(n, Ref(n)))
+
+    target = _RENAMED.get(node.target, node.target)
+    return replace(node, target=target, args=follow(node.args), kwargs={k: follow(v) for k, v in node.kwargs.items()})
+
+
+def _identity(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Ref | None:
+    first = node.args[0] if node.args else None
+    if not isinstance(first, Ref):
+        return None
+    shape, dtype = types[first.name]
+    if node.target in _IDENTITIES:
+        return first
+    if node.target in _CASTS or node.target in _SHAPE_ONLY:
+        return first if (shape, dtype) == (node.shape, node.dtype) else None
+    return None
+
+
+def without_dead_code(program: Program) -> Program:
+    """Drop nodes and weights that no result needs. User inputs stay."""
+    needed, kept = set(program.output_names), list[Node]()
+    for node in reversed(program.nodes):
+        if node.name in needed:
+            needed.update(node.refs())
+            kept.append(node)
+    inputs = tuple(i for i in program.inputs if i.kind == "user" or i.name in needed)
+    weights = {k: v for k, v in program.weights.items() if k in needed}
+    return replace(program, inputs=inputs, nodes=tuple(_canonical_cast(n) for n in reversed(kept)), weights=weights)
+
+
+def _canonical_cast(node: Node) -> Node:
+    if node.target in _CASTS and node.target != "aten.to.dtype":
+        return replace(node, target="aten.to.dtype", args=(node.args[0], node.dtype), kwargs={})
+    return node
+
+
+# ---- calls with several results -------------------------------------------------------------------------------
+
+
+def _single(source: Node, item: Node) -> Node:
+    """The call that gives one of a multi-result call's results directly."""
+    index = item.args[1]
+    target, args = {**_SPLITS, **_FIRSTS}[source.target](source, index)
+    if target is None:
+        return item
+    return replace(item, target=target, args=args, module_path=source.module_path)
+
+
+def _argument(node: Node, position: int, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _slice(node: Node, start: int, stop: int, dim: int) -> tuple[str, tuple[Arg, ...]]:
+    return "aten.slice.Tensor", (node.args[0], dim, start, stop)
+
+
+def _chunk(node: Node, index: int) -> tuple[str, tuple[Arg, ...]]:
+    dim = _argument(node, 2, 0)
+    size = node.shape[dim]  # of the first piece, which is the largest
+    return _slice(node, index * size, (index + 1) * size, dim)
+
+
+def _split(node: Node, index: int) -> tuple[str, tuple[Arg, ...]]:
+    size, dim = node.args[1], _argument(node, 2, 0)
+    return _slice(node, index * size, (index + 1) * size, dim)
+
+
+def _split_sizes(node: Node, index: int) -> tuple[str, tuple[Arg, ...]]:
+    sizes, dim = node.args[1], _argument(node, 2, 0)
+    return _slice(node, sum(sizes[:index]), sum(sizes[: index + 1]), dim)
+
+
+def _unbind(node: Node, index: int) -> tuple[str, tuple[Arg, ...]]:
+    return "aten.select.int", (node.args[0], _argument(node, 1, 0), index)
+
+
+def _first(target: str, *positions: int) -> Callable[[Node, int], tuple[str | None, tuple[Arg, ...]]]:
+    """The single-result call that equals result 0, with these arguments of the multi-result call."""
+
+    def single(node: Node, index: int) -> tuple[str | None, tuple[Arg, ...]]:
+        if index != 0:
+            return None, ()
+        return target, tuple(_argument(node, p, None) for p in positions)
+
+    return single
+
+
+def _extreme(value: str, index_of: str) -> Callable[[Node, int], tuple[str, tuple[Arg, ...]]]:
+    def single(node: Node, index: int) -> tuple[str, tuple[Arg, ...]]:
+        dim, keep = node.args[1], _argument(node, 2, False)
+        return (value, (node.args[0], (dim,), keep)) if index == 0 else (index_of, (node.args[0], dim, keep))
+
+    return single
+
+
+def _batch_norm(node: Node, index: int) -> tuple[str | None, tuple[Arg, ...]]:
+    x, weight, bias, mean, var, momentum, eps = node.args
+    return ("aten.batch_norm.default", (x, weight, bias, mean, var, False, momentum, eps, False)) if index == 0 else (None, ())
+
+
+_SPLITS: dict[str, Callable[[Node, int], tuple[Any, tuple[Arg, ...]]]] = {
+    "aten.chunk.default": _chunk,
+    "aten.split.Tensor": _split,
+    "aten.split.sizes": _split_sizes,
+    "aten.unbind.int": _unbind,
+}
+_FIRSTS: dict[str, Callable[[Node, int], tuple[Any, tuple[Arg, ...]]]] = {
+    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
+    "aten.layer_norm.default": _first("aten.layer_norm.default", 0, 1, 2, 3, 4),
+    "aten.native_group_norm.default": _first("aten.group_norm.default", 0, 6, 1, 2, 7),
+    "aten.max_pool2d_with_indices.default": _first("aten.max_pool2d.default", 0, 1, 2, 3, 4, 5),
+    "aten.max.dim": _extreme("aten.amax.default", "aten.argmax.default"),
+    "aten.min.dim": _extreme("aten.amin.default", "aten.argmin.default"),
+}

@@ -1,0 +1,1 @@
+"""Channels between parties: one interface, in-process and TLS implementations."""

@@ -1,0 +1,1 @@
+"""Numerics over the moves: written once, for every protocol."""

@@ -1,0 +1,368 @@
+"""Sums, products, matrix products and convolutions of secrets with secrets or public reals.
+
+Scale policy: every result has the fraction bits of its first secret argument; a product is truncated once, with bias,
+residual and public factors folded into that truncation. Costs are those of the protocol's fused moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import TypeMismatch
+from sfumato.ops.tiles import DEFAULT_TILES, Tiles, concatenate, elementwise, in_thirds, narrow, narrow_tensor, thirds
+from sfumato.protocol.base import Protocol
+from sfumato.ring import kernels
+from sfumato.ring.fixed import encode
+from sfumato.session.session import Session
+from sfumato.types import Shared
+
+__all__ = ["GAIN_FRAC", "Conv", "add", "conv", "linear", "matmul", "mul", "neg", "scale", "square", "sub"]
+
+#: Fraction bits of public factors (weights and constants).
+GAIN_FRAC = 18
+
+Value = Shared | Tensor | float | int
+
+
+def _is_public(x: Value) -> bool:
+    return not isinstance(x, Shared)
+
+
+def _tensor(x: Tensor | float | int) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
+
+
+def add(p: Protocol, s: Session, x: Value, y: Value, *, alpha: float = 1.0) -> Shared:
+    """x + alpha * y with broadcasting for alpha = 1 or -1; either may be public. Local, exact.
+
+    Raises:
+        TypeMismatch: both are public, or alpha is another number (use :func:`scale` first).
+    """
+    if alpha not in (1.0, -1.0):
+        raise TypeMismatch(f"add takes alpha 1 or -1, not {alpha}; scale the operand first")
+    if isinstance(x, Shared) and isinstance(y, Shared):
+        frac = max(x.frac, y.frac)
+        x, y = p.lift(x, frac), p.lift(y, frac)
+        return p.add(x, y) if alpha == 1.0 else p.sub(x, y)
+    if isinstance(x, Shared):
+        return p.add_public(s, x, p.encode(x, alpha * _tensor(y)))  # type: ignore[arg-type]
+    if isinstance(y, Shared):
+        signed = y if alpha == 1.0 else neg(p, y)
+        return p.add_public(s, signed, p.encode(signed, _tensor(x)))
+    raise TypeMismatch("add needs at least one secret")
+
+
+def sub(p: Protocol, s: Session, x: Value, y: Value) -> Shared:
+    """x - y with broadcasting; either may be public. Local, exact."""
+    return add(p, s, x, y, alpha=-1.0)
+
+
+def neg(p: Protocol, x: Shared) -> Shared:
+    """-x. Local, exact."""
+    return p.linear(torch.neg, x)
+
+
+async def scale(p: Protocol, s: Session, x: Shared, c: Tensor | float | int, *, gain_frac: int | None = None) -> Shared:
+    """x * c for public reals c, with broadcasting. Python whole numbers cost nothing; else one truncation.
+
+    Error: one ulp plus |x| 2^-(gain_frac + 1). Cost: 2 rounds, 2k + gain_frac + 2 bits.
+    """
+    t = _tensor(c)
+    shape = tuple(torch.broadcast_shapes(x.shape, t.shape))
+    if not isinstance(c, Tensor) and float(c) == round(float(c)):
+        whole = int(c)
+        return p.linear(lambda part: part * whole, x)
+    # A tensor's scale must not depend on its values: they may be known only at the run, messages before.
+    g = gain_frac if gain_frac is not None else GAIN_FRAC if isinstance(c, Tensor) else _gain_frac(t)
+    if t.numel() > 1 or shape != x.shape:
+        return await p.linear_truncate(
+            s, lambda part: part * encode(t.to(part.device), x.ring, g), x, g, shape=shape, gain_frac=g
+        )
+
+    async def step(child: Session, piece: Shared) -> Shared:
+        return await p.linear_truncate(
+            child,
+            lambda part: part * encode(t.reshape(()).to(part.device), x.ring, g),
+            piece,
+            g,
+            shape=piece.shape,
+            gain_frac=g,
+        )
+
+    return await elementwise(p, s, step, x)
+
+
+def _gain_frac(t: Tensor) -> int:
+    """Fraction bits that keep about 18 significant bits of small factors and headroom for large ones."""
+    if t.device.type == "meta" or t.numel() == 0:
+        return GAIN_FRAC
+    top = float(t.abs().max())
+    if top == 0.0 or not math.isfinite(top):
+        return GAIN_FRAC
+    return max(8, min(30, GAIN_FRAC - math.floor(math.log2(top))))
+
+
+async def mul(p: Protocol, s: Session, x: Value, y: Value, *, plus: Shared | None = None) -> Shared:
+    """x * y (+ plus) with broadcasting; truncated to x's scale. ``plus`` has x's scale."""
+    if _is_public(x):
+        x, y = y, x
+    if not isinstance(x, Shared):
+        raise TypeMismatch("mul needs at least one secret")
+    if not isinstance(y, Shared):
+        scaled = await scale(p, s, x, y)
+        return scaled if plus is None else p.add(scaled, plus)
+    lifted = None if plus is None else p.lift(plus, x.frac + y.frac)
+    if x.shape == y.shape and (lifted is None or lifted.shape == x.shape):
+        bits = y.frac
+
+        async def step(child: Session, a: Shared, b: Shared, c: Shared | None = None) -> Shared:
+            return await p.bilinear_truncate(child, torch.mul, a, b, bits, plus=c)
+
+        return await elementwise(p, s, step, x, y, *([] if lifted is None else [lifted]))
+    return await p.bilinear_truncate(s, torch.mul, x, y, y.frac, plus=lifted)
+
+
+async def square(p: Protocol, s: Session, x: Shared) -> Shared:
+    """x * x, truncated to x's scale."""
+    return await mul(p, s, x, x)
+
+
+async def matmul(
+    p: Protocol,
+    s: Session,
+    x: Value,
+    y: Value,
+    *,
+    factor: float = 1.0,
+    plus: Value | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+) -> Shared:
+    """factor * (x @ y) (+ plus), batched as in torch, one truncation. x (..., M, K), y (..., K, N).
+
+    ``factor`` is a public number folded into the truncation; ``plus`` (public or secret) broadcasts to the result.
+    Raises TypeMismatch when both are public. Split in three along M or N when large.
+    """
+    if isinstance(x, Shared) and isinstance(y, Shared):
+        return await _tiled_product(p, s, x, y, factor, plus, tiles)
+    if isinstance(x, Shared):
+        return await _public_product(p, s, x, _tensor(y), False, factor, plus, tiles)  # type: ignore[arg-type]
+    if isinstance(y, Shared):
+        return await _public_product(p, s, y, _tensor(x), True, factor, plus, tiles)
+    raise TypeMismatch("matmul needs at least one secret")
+
+
+def _factor_words(factor: float) -> tuple[int, int]:
+    """(multiplier, its fraction bits) of a public factor; (1, 0) for one."""
+    if factor == 1.0:
+        return 1, 0
+    bits = max(0, 14 - math.floor(math.log2(abs(factor))))
+    return int(round(factor * 2.0**bits)), bits
+
+
+async def _tiled_product(
+    p: Protocol, s: Session, x: Shared, y: Shared, factor: float, plus: Value | None, tiles: Tiles
+) -> Shared:
+    multiplier, gain = _factor_words(factor)
+    bits = y.frac + gain
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        z = kernels.matmul(a, b)
+        return z if multiplier == 1 else z * multiplier
+
+    async def step(child: Session, a: Shared, b: Shared, c: Shared | None = None) -> Shared:
+        typed = None if c is None else p.lift(c, x.frac + bits).viewed(x.frac + y.frac)
+        z = await p.bilinear_truncate(child, product, a, b, bits, plus=typed)
+        return z.viewed(x.frac)
+
+    shape = _matmul_shape(x.shape, y.shape)
+    extra = _as_secret_plus(p, s, x, plus, shape)
+    work = math.prod(shape) * x.shape[-1]
+    if p.parties == 1 or work < tiles.products or len(x.shape) < 2 or len(y.shape) < 2:
+        z = await step(s, x, y, *extra[0])
+    elif x.shape[-2] >= y.shape[-1]:
+        z = await _split(p, s, step, x, y, extra[0], shape, -2)
+    else:
+        z = await _split(p, s, step, x, y, extra[0], shape, -1)
+    return z if extra[1] is None else p.add_public(s, z, p.encode(z, extra[1]))
+
+
+async def _split(
+    p: Protocol,
+    s: Session,
+    step: Callable[..., object],
+    x: Shared,
+    y: Shared,
+    extra: list[Shared],
+    shape: tuple[int, ...],
+    axis: int,
+) -> Shared:
+    """Three pieces along the rows of x (axis -2) or the columns of y (axis -1)."""
+    pieces = []
+    for low, high in thirds(shape[axis]):
+        a = narrow(p, x, len(x.shape) + axis, low, high) if axis == -2 else x
+        b = narrow(p, y, len(y.shape) + axis, low, high) if axis == -1 else y
+        cut = [narrow(p, c, len(shape) + axis, low, high) for c in extra]
+        pieces.append([a, b, *cut])
+    return concatenate(p, await in_thirds(s, step, pieces), axis)  # type: ignore[arg-type]
+
+
+def _as_secret_plus(
+    p: Protocol, s: Session, x: Shared, plus: Value | None, shape: tuple[int, ...]
+) -> tuple[list[Shared], Tensor | None]:
+    """Split ``plus`` into a full-shaped secret to fold in, or a public tensor to add afterwards."""
+    if plus is None:
+        return [], None
+    if isinstance(plus, Shared):
+        return [p.linear(lambda part: part.broadcast_to(shape), plus)], None
+    return [], _tensor(plus)
+
+
+def _matmul_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    meta = torch.matmul(torch.empty(tuple(a), device="meta"), torch.empty(tuple(b), device="meta"))
+    return tuple(meta.shape)
+
+
+async def _public_product(
+    p: Protocol, s: Session, x: Shared, w: Tensor, left: bool, factor: float, plus: Value | None, tiles: Tiles
+) -> Shared:
+    """x @ w, or w @ x when ``left``, for public reals w; factor is folded into w in float64."""
+    w = w.to(torch.float64) * factor if factor != 1.0 else w
+    gain = _gain_frac(w) if w.device.type != "meta" else GAIN_FRAC
+    shape = _matmul_shape(w.shape, x.shape) if left else _matmul_shape(x.shape, w.shape)
+    extra, public = _as_secret_plus(p, s, x, plus, shape)
+
+    def run(child: Session, a: Shared, c: Shared | None, out: tuple[int, ...]) -> object:
+        def f(part: Tensor) -> Tensor:
+            words = encode(w.to(part.device), x.ring, gain)
+            return kernels.matmul(words, part) if left else kernels.matmul(part, words)
+
+        lifted = None if c is None else p.lift(c, x.frac + gain)
+        return p.linear_truncate(child, f, a, gain, shape=out, plus=lifted, gain_frac=gain)
+
+    async def step(child: Session, a: Shared, *c: Shared) -> Shared:
+        rest = list(shape)
+        axis = len(shape) - (1 if left else 2)
+        if len(x.shape) >= 2:
+            rest[axis] = a.shape[-1 if left else -2]
+        return await run(child, a, c[0] if c else None, tuple(rest))  # type: ignore[misc, no-any-return]
+
+    work = math.prod(shape) * x.shape[-2 if left and len(x.shape) > 1 else -1]
+    axis = -1 if left else -2
+    if p.parties == 1 or work < tiles.products or len(x.shape) < 2 or shape[axis] < 3:
+        z = await step(s, x, *extra)
+    else:
+        pieces = [
+            [narrow(p, x, len(x.shape) + axis, low, high), *(narrow(p, c, len(shape) + axis, low, high) for c in extra)]
+            for low, high in thirds(shape[axis])
+        ]
+        z = concatenate(p, await in_thirds(s, step, pieces), axis)
+    return z if public is None else p.add_public(s, z, p.encode(z, public))
+
+
+async def linear(
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    w: Shared | Tensor,
+    bias: Shared | Tensor | None = None,
+    *,
+    plus: Shared | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+) -> Shared:
+    """x @ w^T + bias (+ plus) with one truncation. x (..., K), w (O, K), bias (O,) -> (..., O)."""
+    lead = x.shape[:-1]
+    rows = p.linear(lambda part: part.reshape(-1, part.shape[-1]), x)
+    turned = p.linear(lambda part: part.transpose(-1, -2), w) if isinstance(w, Shared) else w.transpose(-1, -2)
+    addend: Value | None = plus if plus is None else p.linear(lambda part: part.reshape(-1, part.shape[-1]), plus)
+    public_bias = None
+    if isinstance(bias, Shared):
+        addend = bias if addend is None else add(p, s, addend, bias)
+    elif bias is not None:
+        public_bias = bias
+    z = await matmul(p, s, rows, turned, plus=addend if addend is not None else public_bias, tiles=tiles)
+    if addend is not None and public_bias is not None:
+        z = p.add_public(s, z, p.encode(z, public_bias))
+    return p.linear(lambda part: part.reshape(*lead, part.shape[-1]), z)
+
+
+@dataclass(frozen=True, slots=True)
+class Conv:
+    """Geometry of a convolution: one entry per spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def out_shape(self, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
+        """(N, O, ...) for x (N, C, ...) and w (O, C / groups, ...)."""
+        spatial = tuple(
+            (n + 2 * pad - dil * (k - 1) - 1) // st + 1
+            for n, k, st, pad, dil in zip(x[2:], w[2:], self.stride, self.padding, self.dilation, strict=True)
+        )
+        return (x[0], w[0], *spatial)
+
+    def __call__(self, x: Tensor, w: Tensor) -> Tensor:
+        return kernels.conv(
+            x, w, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups
+        )
+
+
+async def conv(
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    w: Shared | Tensor,
+    bias: Shared | Tensor | None,
+    geometry: Conv,
+    *,
+    plus: Shared | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+) -> Shared:
+    """Convolution (+ bias + plus) with one truncation. x (N, C, ...), w (O, C / groups, ...) -> (N, O, ...).
+
+    Split in three along the output channels when large (never across groups).
+    """
+    shape = geometry.out_shape(x.shape, w.shape)
+    public_bias: Tensor | None = None
+    addend = plus
+    if bias is not None:
+        if isinstance(bias, Shared):
+            column = p.linear(lambda part: part.reshape(1, -1, *([1] * (len(shape) - 2))).broadcast_to(shape), bias)
+            addend = column if addend is None else add(p, s, addend, column)
+        else:
+            public_bias = bias.reshape(1, -1, *([1] * (len(shape) - 2)))
+
+    async def step(child: Session, a: Shared, kernel: Shared | Tensor, c: Shared | None) -> Shared:
+        out = geometry.out_shape(a.shape, kernel.shape)
+        if isinstance(kernel, Shared):
+            lifted = None if c is None else p.lift(c, a.frac + kernel.frac)
+            return await p.bilinear_truncate(child, geometry, a, kernel, kernel.frac, plus=lifted)
+        gain = _gain_frac(kernel)
+        lifted = None if c is None else p.lift(c, a.frac + gain)
+
+        def f(part: Tensor) -> Tensor:
+            return geometry(part, encode(kernel.to(part.device), a.ring, gain))
+
+        return await p.linear_truncate(child, f, a, gain, shape=out, plus=lifted, gain_frac=gain)
+
+    work = math.prod(shape) * math.prod(w.shape[1:])
+    if p.parties == 1 or work < tiles.products or geometry.groups > 1 or shape[1] < 3:
+        z = await step(s, x, w, addend)
+    else:
+        branches = []
+        for i, (low, high) in enumerate(thirds(shape[1])):
+            kernel = narrow(p, w, 0, low, high) if isinstance(w, Shared) else narrow_tensor(w, 0, low, high)
+            part = None if addend is None else narrow(p, addend, 1, low, high)
+            branches.append(_turned(step, s.turn + i, x, kernel, part))
+        z = concatenate(p, await s.gather(*branches), 1)
+    return z if public_bias is None else p.add_public(s, z, p.encode(z, public_bias))
+
+
+def _turned(step: Callable[..., object], turn: int, *args: object) -> Callable[[Session], object]:
+    return lambda child: step(child.fork("turn", turn=turn), *args)

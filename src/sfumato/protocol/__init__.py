@@ -1,0 +1,1 @@
+"""Protocols: seven moves on shares, and what is built on them."""

@@ -1,0 +1,234 @@
+"""The protocol interface: seven moves on shares, and defaults built on them.
+
+``await`` may cost a round; a plain call is local. A move masks what it sends, so no caller can forget to.
+Everything above (numerics, graphs, samplers) is written once over this interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import TypeMismatch
+from sfumato.ring.fixed import encode
+from sfumato.session.session import Session
+from sfumato.types import B8, Z32, Z64, Ring, Secret, Shared, TruncationError
+
+__all__ = ["Bilinear", "Linear", "Protocol", "Series", "Window"]
+
+Linear = Callable[..., Tensor]
+Bilinear = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The bits a comparison looks at: ``bits`` of them above ``shift``; right for words in [-2^(shift+bits-1), 2^(shift+bits-1)).
+
+    Values within 2^shift below zero or above it may be judged either way: the window's error band of one unit.
+    """
+
+    shift: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.shift and 2 <= self.bits and self.shift + self.bits <= 64):
+            raise ValueError(f"no comparison window of {self.bits} bits above bit {self.shift}")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """f(x) ~ constant + linear*x + quadratic*x^2 + sum_k cos[k]*cos(k*w*(x - centre)) + sin[k]*sin(k*w*(x - centre)).
+
+    w = 2*pi / 2^period_log2 and x itself is measured from ``centre`` in the polynomial part too. ``linear`` and
+    ``quadratic`` are exact multiples of 2^-16, so that they cost no precision in the ring. Valid on [lo, hi] alone.
+    """
+
+    lo: float
+    hi: float
+    centre: float
+    period_log2: int
+    constant: float
+    linear: float
+    quadratic: float
+    cos: tuple[float, ...]
+    sin: tuple[float, ...]
+    error: float
+
+    #: Fraction bits of ``linear`` and ``quadratic``.
+    POLY_FRAC: ClassVar[int] = 16
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The series in float64, any shape; what :meth:`Protocol.evaluate` computes up to rounding."""
+        d = x.to(torch.float64) - self.centre
+        w = 2.0 * torch.pi / 2.0**self.period_log2
+        y = self.constant + self.linear * d + self.quadratic * d * d
+        for k, (c, s) in enumerate(zip(self.cos, self.sin, strict=True), 1):
+            y = y + c * torch.cos(k * w * d) + s * torch.sin(k * w * d)
+        return y
+
+
+class Protocol(ABC):
+    """Seven moves and what follows from them.
+
+    ``fused=False`` keeps every composed operation on the plain moves (no fused truncation, no one-opening
+    evaluation): slower, and the base for malicious security.
+    """
+
+    name: ClassVar[str]
+    parties: ClassVar[int]
+    truncation: ClassVar[TruncationError]
+
+    def __init__(self, *, fused: bool = True) -> None:
+        self.fused = fused
+
+    # ---- the seven moves ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
+        """Share the owner's ring words (``x`` is None elsewhere)."""
+
+    @abstractmethod
+    async def reveal(self, s: Session, x: Shared, to: tuple[int, ...]) -> Tensor | None:
+        """Open to the parties ``to``: ring words there, None elsewhere."""
+
+    def linear(self, f: Linear, *xs: Shared, frac: int | None = None) -> Shared:
+        """Any ring-linear f of secrets of one ring, on each component. Local. ``frac`` names the result's scale if f changes it."""
+        ring = self._same_ring(*xs)
+        parts = tuple(f(*components) for components in zip(*(x.parts for x in xs), strict=True))
+        return Shared(Secret(ring, xs[0].frac if frac is None else frac, tuple(parts[0].shape)), parts)
+
+    @abstractmethod
+    def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
+        """x + c for public ring words c (broadcast against x). Local."""
+
+    @abstractmethod
+    async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
+        """Any bilinear f of two secrets of one ring, fresh shares, no truncation: scales add."""
+
+    @abstractmethod
+    async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
+        """Drop ``bits`` fraction bits; the result may live in a wider ring."""
+
+    @abstractmethod
+    def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
+        """Each component of x as a sharing of its own in another ring (words reduced or zero-extended). Local."""
+
+    # ---- written on top, overridable ----------------------------------------------------------------------------
+
+    async def bilinear_truncate(
+        self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
+    ) -> Shared:
+        """(f(x, y) + plus) >> bits; ``plus`` has the product's scale. f may end in a public linear map."""
+        z = await self.bilinear(s.fork("mul"), f, x, y)
+        if plus is not None:
+            z = self.add(z, plus.viewed(z.frac))
+        return await self.truncate(s.fork("trunc"), z, bits)
+
+    async def linear_truncate(
+        self,
+        s: Session,
+        f: Linear,
+        x: Shared,
+        bits: int,
+        *,
+        shape: tuple[int, ...],
+        plus: Shared | None = None,
+        gain_frac: int = 0,
+    ) -> Shared:
+        """(f(x) + plus) >> bits for a public linear f to ``shape`` that multiplies by constants of ``gain_frac`` bits.
+
+        f runs only at the parties that need it, so it may encode its constants when called.
+        """
+        z = self.linear(f, x, frac=x.frac + gain_frac)
+        if plus is not None:
+            z = self.add(z, plus.viewed(z.frac))
+        return await self.truncate(s, z, bits)
+
+    async def cast(self, s: Session, x: Shared, ring: Ring) -> Shared:
+        """The same value in another Z ring. Z64 -> Z32 is local (|word| < 2^30 asked); Z32 -> Z64 costs 162 bits."""
+        if ring == x.ring:
+            return x
+        if x.ring == Z64 and ring == Z32:
+            parts = tuple(part.to(torch.int32) for part in x.parts)
+            return Shared(replace(x.type, ring=Z32), parts)
+        if x.ring == Z32 and ring == Z64:
+            return await self.truncate(s, x, 0, ring=Z64)
+        raise TypeMismatch(f"no cast from {x.ring} to {ring}; use a2b and b2a between Z and B rings")
+
+    @abstractmethod
+    async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
+        """The sign bit of every element as a bit plane in B8 (eight elements a byte, padded): shape (ceil(n / 8),)."""
+
+    @abstractmethod
+    async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
+        """A bit plane as 0/1 words of a Z ring (frac 0): b2a of single bits."""
+
+    async def less_than_zero(self, s: Session, x: Shared, window: Window, *, ring: Ring | None = None) -> Shared:
+        """[x < 0] as 0/1 words with frac 0, judged on the window's bits."""
+        plane = await self.sign_bits(s.fork("sign"), x, window)
+        return await self.bits_to_words(s.fork("b2a"), plane, ring or x.ring, x.shape)
+
+    async def select(self, s: Session, bit: Shared, x: Shared, y: Shared | None = None) -> Shared:
+        """bit ? x : y elementwise for 0/1 words of frac 0; y defaults to zero. Exact, one product."""
+        difference = x if y is None else self.sub(x, y)
+        chosen = await self.bilinear(s, torch.mul, bit, difference)
+        return chosen if y is None else self.add(chosen, y)
+
+    @abstractmethod
+    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
+        """A univariate function given as a :class:`Series`, elementwise, with ``frac`` (default: x's) fraction bits."""
+
+    # ---- local conveniences -------------------------------------------------------------------------------------
+
+    def add(self, x: Shared, y: Shared) -> Shared:
+        """x + y with broadcasting; scales must agree."""
+        self._same_frac(x, y)
+        return self.linear(torch.add if x.ring.kind == "Z" else torch.bitwise_xor, x, y)
+
+    def sub(self, x: Shared, y: Shared) -> Shared:
+        """x - y with broadcasting; scales must agree."""
+        self._same_frac(x, y)
+        return self.linear(torch.sub if x.ring.kind == "Z" else torch.bitwise_xor, x, y)
+
+    def lift(self, x: Shared, frac: int) -> Shared:
+        """The same value with more fraction bits: an exact local shift. The range shrinks by as many bits."""
+        if frac < x.frac:
+            raise TypeMismatch(f"{frac} fraction bits are fewer than the {x.frac} there are; truncate instead")
+        if frac == x.frac:
+            return x
+        bits = frac - x.frac
+        return self.linear(lambda part: part << bits, x, frac=frac)
+
+    def encode(self, x: Shared, c: Tensor | float, frac: int | None = None) -> Tensor:
+        """Public reals as ring words fit for x (its ring, its device)."""
+        tensor = torch.as_tensor(c, dtype=torch.float64) if not isinstance(c, Tensor) else c
+        if x.parts and x.parts[0].device.type == "meta":
+            tensor = tensor.to("meta")
+        return encode(tensor, x.ring, x.frac if frac is None else frac)
+
+    @staticmethod
+    def _same_ring(*xs: Shared) -> Ring:
+        rings = {x.ring for x in xs}
+        if len(rings) != 1:
+            raise TypeMismatch(f"secrets of different rings {sorted(map(str, rings))}; cast one of them")
+        return xs[0].ring
+
+    @staticmethod
+    def _same_frac(*xs: Shared) -> None:
+        fracs = {x.frac for x in xs}
+        if len(fracs) != 1:
+            raise TypeMismatch(f"secrets of different scales {sorted(fracs)}; lift the smaller one")
+
+
+def plane_bytes(count: int) -> int:
+    """Bytes of a bit plane of ``count`` elements."""
+    return -(-count // 8)
+
+
+def plane_type(count: int) -> Secret:
+    return Secret(B8, 0, (plane_bytes(count),))

@@ -1,0 +1,90 @@
+"""No secrecy: the same fixed-point words in one process, with the truncation error of a real protocol.
+
+For tests, calibration and large quality sweeps. Its rounding is drawn from a keyed stream, so runs repeat.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import RangeError, TypeMismatch
+from sfumato.protocol.base import Bilinear, Protocol, Series, Window, plane_bytes
+from sfumato.protocol.rep3_bits import from_plane, to_planes
+from sfumato.ring.fixed import decode
+from sfumato.ring.prg import stream_words
+from sfumato.session.session import Session
+from sfumato.types import B8, Ring, Secret, Shared, TruncationError
+
+__all__ = ["Plain"]
+
+_KEY = b"sfumato plain rounding".ljust(32, b"\0")
+
+
+class Plain(Protocol):
+    """One party, real words, stochastic rounding as in ``rep3``: quotient + Bernoulli(fraction). Asserts headroom."""
+
+    name = "plain"
+    parties = 1
+    truncation = TruncationError(max_ulp=1.0, bias_ulp=0.0, headroom_bits=2)
+
+    async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
+        assert x is not None
+        return Shared(type, (x,))
+
+    async def reveal(self, s: Session, x: Shared, to: tuple[int, ...]) -> Tensor | None:
+        return x.parts[0]
+
+    def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
+        words = x.parts[0] + c if x.ring.kind == "Z" else x.parts[0] ^ c
+        return Shared(Secret(x.ring, x.frac, tuple(words.shape)), (words,))
+
+    def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
+        type = Secret(ring, x.frac if ring.kind == x.ring.kind else 0, x.shape)
+        return (Shared(type, (x.parts[0].to(ring.dtype),)),)
+
+    async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
+        ring = self._same_ring(x, y)
+        words = f(x.parts[0], y.parts[0])
+        return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
+
+    async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
+        """Domain: |word| < 2^(k-2). Error: |e| < 1 ulp, mean 0, the distribution of rep3's ``close``.
+
+        Raises:
+            RangeError: a word left the range in which truncation is right; names the path.
+        """
+        words, ring = x.parts[0], ring or x.ring
+        type = Secret(ring, x.frac - bits, x.shape)
+        if words.device.type == "meta":
+            return Shared(type, (torch.empty(x.shape, dtype=ring.dtype, device="meta"),))
+        limit = 1 << (x.ring.bits - 2)
+        if words.numel() and not (int(words.max()) < limit and int(words.min()) >= -limit):
+            raise RangeError(
+                f"a value before truncation at {s.path} needs more than {x.ring.bits - 2} bits; "
+                "use fewer fraction bits, a wider ring, or calibrate on inputs like this one"
+            )
+        if bits:
+            noise = stream_words(_KEY, f"{s.path}|round", x.ring, x.shape) & ((1 << bits) - 1)
+            words = (words + noise + 1) >> bits
+        return Shared(type, (words.to(ring.dtype),))
+
+    async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
+        words = x.parts[0] >> window.shift
+        plane = to_planes(words >> (window.bits - 1), 1)[0]
+        return Shared(Secret(B8, 0, (plane_bytes(x.type.numel),)), (plane,))
+
+    async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
+        return Shared(Secret(ring, 0, shape), (from_plane(plane.parts[0], shape, ring.dtype),))
+
+    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
+        """The series in float64 on the decoded value, rounded once as the closing truncation does."""
+        if x.ring.kind != "Z":
+            raise TypeMismatch(f"evaluate works on Z rings, not on {x.ring}")
+        frac = x.frac if frac is None else frac
+        words = x.parts[0]
+        if words.device.type == "meta":
+            return Shared(Secret(x.ring, frac, x.shape), (words,))
+        exact = series(decode(words, x.frac))
+        fine = Shared(Secret(x.ring, frac + 20, x.shape), ((exact * 2.0 ** (frac + 20)).round().to(x.ring.dtype),))
+        return await self.truncate(s, fine, 20)

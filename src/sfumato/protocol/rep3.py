@@ -1,0 +1,178 @@
+"""Semi-honest replicated three-party sharing: x = x0 + x1 + x2, party i holds (x_i, x_{i+1}).
+
+No two parties collude. Sources: Araki et al. 2016 (replication, zero shares); the fused truncations and the
+one-opening evaluation are argued move by move in docs/security/rep3.md, budgets in docs/design/003.
+Inside a primitive parties play roles 0, 1, 2 (``Session.role``); ``turn`` rotates them, so load balances.
+Bits below are totals over the three parties per element, k = ring bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sfumato.protocol.base import Bilinear, Linear, Protocol, Series, Window
+from sfumato.protocol.rep3_bits import bits_to_words, less_bits
+from sfumato.protocol.rep3_close import Additive, close, open_product
+from sfumato.protocol.rep3_evaluate import evaluate
+from sfumato.session.session import Receive, Send, Session
+from sfumato.types import Ring, Secret, Shared, TruncationError
+
+__all__ = ["Rep3"]
+
+
+class Rep3(Protocol):
+    """Replicated three-party protocol. Every message is masked by a stream that its receiver does not know."""
+
+    name = "rep3"
+    parties = 3
+    truncation = TruncationError(max_ulp=1.0, bias_ulp=0.0, headroom_bits=2)
+
+    # ---- in and out ---------------------------------------------------------------------------------------------
+
+    async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
+        """Cost: 1 round, k bits. Leaks: nothing; the one message is x minus a stream its receiver does not know.
+
+        The owner's two components are c_owner (stream with the party before it) and the rest; component owner+2 is 0.
+        """
+        role = (s.party - owner) % 3
+        peer = (owner + 1) % 3
+        zero = torch.zeros(type.shape, dtype=type.ring.dtype, device=s.device)
+        roles = ((owner - s.turn) % 3, (owner + 2 - s.turn) % 3)
+        if role == 1:
+            (rest,) = await s.exchange([], [Receive(owner, "rest", type.shape, type.ring.dtype, type.ring.bits)])
+            return Shared(type, (rest, zero))
+        mask = s.prg("share", roles, type.ring, type.shape)
+        if role == 2:
+            return Shared(type, (zero, mask))
+        assert x is not None
+        rest = _minus(type.ring, x, mask)
+        await s.exchange([Send(peer, "rest", rest, type.ring.bits)])
+        return Shared(type, (mask, rest))
+
+    async def reveal(self, s: Session, x: Shared, to: tuple[int, ...]) -> Tensor | None:
+        """Cost: 1 round, k bits per receiving party. Leaks: the value, to the parties in ``to`` alone."""
+        bits, dtype = x.ring.bits, x.ring.dtype
+        before, after = (s.party - 1) % 3, (s.party + 1) % 3
+        # Party i lacks component i+2, which party i+2 holds first and party i+1 holds second.
+        sends = [Send(after, "component", x.parts[0], bits)] if after in to else []
+        receives = [Receive(before, "component", x.shape, dtype, bits)] if s.party in to else []
+        got = await s.exchange(sends, receives)
+        if not receives:
+            return None
+        return _plus(x.ring, _plus(x.ring, x.parts[0], x.parts[1]), got[0])
+
+    # ---- local --------------------------------------------------------------------------------------------------
+
+    def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
+        """Component 0 takes the constant: parties 0 (first part) and 2 (second part) hold it."""
+        first, second = x.parts
+        if s.party == 0:
+            first = _plus(x.ring, first, c)
+        elif s.party == 2:
+            second = _plus(x.ring, second, c)
+        shape = torch.broadcast_shapes(x.shape, c.shape)
+        if shape != x.shape:
+            first, second = first.broadcast_to(shape), second.broadcast_to(shape)
+        return Shared(Secret(x.ring, x.frac, tuple(shape)), (first, second))
+
+    def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
+        """Component j becomes a sharing whose only non-zero component is j. Local."""
+        type = Secret(ring, x.frac if ring.kind == x.ring.kind else 0, x.shape)
+        zero = torch.zeros(x.shape, dtype=ring.dtype, device=x.parts[0].device)
+        first, second = (part.to(ring.dtype) for part in x.parts)
+        place = {s.party: (first, zero), (s.party + 2) % 3: (zero, zero), (s.party + 1) % 3: (zero, second)}
+        return tuple(Shared(type, place[j]) for j in range(3))
+
+    # ---- products and truncation --------------------------------------------------------------------------------
+
+    async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
+        """Cost: 1 round, 3k bits. Leaks: nothing; each message carries a zero share its receiver lacks half of.
+
+        Source: Araki et al. 2016, with the product of sums folded into two local products a party.
+        """
+        ring = self._same_ring(x, y)
+        (a, b), (c, d) = x.parts, y.parts
+        z = _plus(ring, f(a, _plus(ring, c, d)), f(b, c))
+        shape = tuple(z.shape)
+        r = s.role
+        ahead = s.prg("zero", tuple(sorted((r, (r + 1) % 3))), ring, shape)  # type: ignore[arg-type]
+        behind = s.prg("zero", tuple(sorted((r, (r + 2) % 3))), ring, shape)  # type: ignore[arg-type]
+        z = _plus(ring, z, _minus(ring, ahead, behind))
+        before, after = (s.party - 1) % 3, (s.party + 1) % 3
+        (other,) = await s.exchange(
+            [Send(before, "z", z, ring.bits)], [Receive(after, "z", shape, ring.dtype, ring.bits)]
+        )
+        return Shared(Secret(ring, x.frac + y.frac, shape), (z, other))
+
+    async def bilinear_truncate(
+        self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
+    ) -> Shared:
+        """Cost: 3 rounds, 3k + f + 2 bits, five local products in all. Error: one ulp, unbiased. Leaks: nothing."""
+        if not self.fused:
+            return await super().bilinear_truncate(s, f, x, y, bits, plus=plus)
+        ring = self._same_ring(x, y)
+        u = await open_product(s, f, x, y, plus)
+        return await close(s, u, bits, ring, x.frac + y.frac - bits)
+
+    async def linear_truncate(
+        self,
+        s: Session,
+        f: Linear,
+        x: Shared,
+        bits: int,
+        *,
+        shape: tuple[int, ...],
+        plus: Shared | None = None,
+        gain_frac: int = 0,
+    ) -> Shared:
+        """Cost: 2 rounds, 2k + f + 2 bits, two local maps in all. Error: one ulp, unbiased. Leaks: nothing."""
+        if not self.fused:
+            return await super().linear_truncate(s, f, x, bits, shape=shape, plus=plus, gain_frac=gain_frac)
+        u = Additive.fold(s, f, x, shape)
+        if plus is not None:
+            u = u.plus(s, plus)
+        return await close(s, u, bits, x.ring, x.frac + gain_frac - bits)
+
+    async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
+        """Cost: 2 rounds, 2k + (k - k_in) + f + 2 bits. Error: one ulp, unbiased. Leaks: nothing."""
+        return await close(s, Additive.fold(s, _identity, x, x.shape), bits, x.ring, x.frac - bits, ring)
+
+    # ---- bits ---------------------------------------------------------------------------------------------------
+
+    async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
+        return await less_bits(s, x, window)
+
+    async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
+        return await bits_to_words(s, plane, ring, shape)
+
+    # ---- one opening --------------------------------------------------------------------------------------------
+
+    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
+        return await evaluate(self, s, series, x, x.frac if frac is None else frac)
+
+    # ---- at the client ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def split(words: Tensor, ring: Ring, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Components of a value for two uniform masks: (mask0, mask1, words - mask0 - mask1)."""
+        return masks[0], masks[1], _minus(ring, _minus(ring, words, masks[0]), masks[1])
+
+    @staticmethod
+    def combine(components: Sequence[Tensor], ring: Ring) -> Tensor:
+        """The value of three components."""
+        return _plus(ring, _plus(ring, components[0], components[1]), components[2])
+
+
+def _identity(part: Tensor) -> Tensor:
+    return part
+
+
+def _plus(ring: Ring, a: Tensor, b: Tensor) -> Tensor:
+    return a + b if ring.kind == "Z" else a ^ b
+
+
+def _minus(ring: Ring, a: Tensor, b: Tensor) -> Tensor:
+    return a - b if ring.kind == "Z" else a ^ b

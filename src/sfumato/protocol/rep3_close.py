@@ -1,0 +1,150 @@
+"""From an additive sharing between roles 0 and 1 back to replicated shares, dropping fraction bits on the way.
+
+Role 2 deals: it knows two random bits and never sees what they mask. See docs/security/rep3.md, "close".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import TypeMismatch
+from sfumato.protocol.base import Bilinear, Linear
+from sfumato.session.session import Receive, Send, Session
+from sfumato.types import B8, Ring, Secret, Shared
+
+__all__ = ["Additive", "close", "open_product", "reshare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Additive:
+    """u0 + u1 at roles 0 and 1 (``words`` is None at role 2), not yet safe to send."""
+
+    words: Tensor | None
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def fold(s: Session, f: Linear, x: Shared, shape: tuple[int, ...]) -> Additive:
+        """f(x) as u0 = f(x0 + x1) at role 0, u1 = f(x2) at role 1: two local maps in all, none at role 2."""
+        if s.role == 2:
+            return Additive(None, shape)
+        first, second = x.parts
+        words = f(first + second) if s.role == 0 else f(second)
+        if tuple(words.shape) != shape:
+            raise TypeMismatch(f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared")
+        return Additive(words, shape)
+
+    def plus(self, s: Session, x: Shared) -> Additive:
+        """Add a replicated value of the same scale (broadcast into this shape)."""
+        if self.words is None:
+            return self
+        first, second = x.parts
+        return Additive(self.words + (first + second if s.role == 0 else second), self.shape)
+
+
+async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shared | None) -> Additive:
+    """f(x, y) (+ plus) as an additive sharing of roles 0 and 1. Cost: 1 round, k bits. Five products in all.
+
+    Role 2 sends its summand under a stream it has with role 0, which role 0 adds back: role 1 sees a uniform word.
+    """
+    ring, role = x.ring, s.role
+    (a, b), (c, d) = x.parts, y.parts
+    if role == 0:
+        z = f(a + b, c + d)
+    elif role == 1:
+        z = f(a, d) + f(b, c + d)
+    else:
+        z = f(a, d) + f(b, c)
+    shape = tuple(z.shape)
+    bits = ring.bits
+    if role == 1:
+        (masked,) = await s.exchange([], [Receive(s.at(2), "z2", shape, ring.dtype, bits)])
+        return _added(s, Additive(z + masked, shape), plus)
+    mask = s.prg("zero02", (0, 2), ring, shape)
+    if role == 0:
+        return _added(s, Additive(z + mask, shape), plus)
+    await s.exchange([Send(s.at(1), "z2", z - mask, bits)])
+    return Additive(None, shape)
+
+
+def _added(s: Session, u: Additive, plus: Shared | None) -> Additive:
+    return u if plus is None else u.plus(s, plus)
+
+
+async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, ring: Ring | None = None) -> Shared:
+    """(u0 + u1) >> bits as replicated shares in ``ring``.
+
+    The ring's wrap w of u0 + u1 is p - a*b for bits a, p known to role 0 and b to role 1, if |value| < 2^(k-2);
+    a*b is one private product of two bits with role 2's help. Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits,
+    k' = bits of ``ring``. Error: |e| < 1 ulp, mean 0. Source: papers [GeoTrunc25], digest 9 L1; own sign form.
+    """
+    ring = ring or source
+    k, out = source.bits, ring.bits
+    if out < k:
+        raise TypeMismatch(f"a truncation cannot narrow {source} to {ring}; cast afterwards")
+    shape = u.shape
+    if bits == 0 and out == k:
+        return await reshare(s, u.words, shape, ring, frac)
+    width = out - k + bits
+    role = s.role
+    if role == 2:
+        ra = s.prg("ra", (0, 2), B8, shape) & 1
+        rb = s.prg("rb", (1, 2), B8, shape) & 1
+        dealt0 = s.prg("ab", (0, 2), ring, shape)
+        dealt1 = (ra & rb).to(ring.dtype) - dealt0
+        await s.exchange([Send(s.at(1), "ab", dealt1, width)])
+        return await reshare(s, None, shape, ring, frac)
+    assert u.words is not None
+    words = u.words
+    if role == 0:
+        ra = s.prg("ra", (0, 2), B8, shape) & 1
+        dealt = s.prg("ab", (0, 2), ring, shape)
+        top = words >> (k - 2)
+        p = top == 1
+        a = (p | (top == -2)).to(torch.uint8)
+        own = a ^ ra
+        (other,) = await s.exchange(
+            [Send(s.at(1), "a", own, 1)], [Receive(s.at(1), "b", shape, torch.uint8, 1)]
+        )
+        sign = (1 - ((own ^ other) << 1).to(torch.int8)).to(ring.dtype)
+        # w0 = p - (ab)_0, and one unit that centres the error of two floors.
+        wrap = p.to(ring.dtype) - (a & other).to(ring.dtype) - sign * dealt
+        y = (words >> bits).to(ring.dtype) - (wrap << (k - bits))
+        if bits:
+            y += 1
+    else:
+        rb = s.prg("rb", (1, 2), B8, shape) & 1
+        own = (words < 0).to(torch.uint8) ^ rb
+        other, dealt = await s.exchange(
+            [Send(s.at(0), "b", own, 1)],
+            [Receive(s.at(0), "a", shape, torch.uint8, 1), Receive(s.at(2), "ab", shape, ring.dtype, width)],
+        )
+        sign = (1 - ((own ^ other) << 1).to(torch.int8)).to(ring.dtype)
+        half = (other & rb).to(ring.dtype) * (1 - (own << 1).to(torch.int8)).to(ring.dtype)
+        y = (words >> bits).to(ring.dtype) + ((half + sign * dealt) << (k - bits))
+    return await reshare(s, y, shape, ring, frac)
+
+
+async def reshare(s: Session, y: Tensor | None, shape: tuple[int, ...], ring: Ring, frac: int) -> Shared:
+    """y0 + y1 at roles 0 and 1 as replicated shares. Cost: 1 round, 2k bits. Each message hides under a stream of
+    its sender with role 2."""
+    type = Secret(ring, frac, shape)
+    bits = ring.bits
+    if s.role == 2:
+        return Shared(type, (s.prg("c2", (1, 2), ring, shape), s.prg("c0", (0, 2), ring, shape)))
+    assert y is not None
+    if s.role == 0:
+        c0 = s.prg("c0", (0, 2), ring, shape)
+        mine = y - c0
+        (theirs,) = await s.exchange(
+            [Send(s.at(1), "y0", mine, bits)], [Receive(s.at(1), "y1", shape, ring.dtype, bits)]
+        )
+        return Shared(type, (c0, mine + theirs))
+    c2 = s.prg("c2", (1, 2), ring, shape)
+    mine = y - c2
+    (theirs,) = await s.exchange(
+        [Send(s.at(0), "y1", mine, bits)], [Receive(s.at(0), "y0", shape, ring.dtype, bits)]
+    )
+    return Shared(type, (mine + theirs, c2))

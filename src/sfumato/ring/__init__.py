@@ -1,0 +1,1 @@
+"""Ring words on torch tensors: kernels, fixed point, packing, keyed streams."""

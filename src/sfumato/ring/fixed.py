@@ -1,0 +1,42 @@
+"""Fixed point: reals to ring words and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.errors import RangeError
+from sfumato.types import Ring
+
+__all__ = ["decode", "encode", "encode_scalar"]
+
+
+def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
+    """Round ``x * 2^frac`` to the nearest word (ties to even), any shape.
+
+    The product with a power of two is exact in float64 and the rounding is IEEE, so every machine gets the same words.
+
+    Raises:
+        RangeError: a value is not finite or does not fit below 2^(bits - 2), the range that truncation allows.
+    """
+    if x.device.type == "meta":
+        return torch.empty(x.shape, dtype=ring.dtype, device="meta")
+    scaled = torch.round(x.detach().to(torch.float64) * 2.0**frac)
+    limit = 2.0 ** (ring.bits - 2)
+    if scaled.numel() and not bool((scaled.abs() < limit).all()):
+        raise RangeError(
+            f"a value does not fit {ring} with {frac} fraction bits (|x| < 2^{ring.bits - 2 - frac}, finite); "
+            "use fewer fraction bits or rescale the model"
+        )
+    return scaled.to(ring.dtype)
+
+
+def encode_scalar(c: float, frac: int) -> int:
+    """Round ``c * 2^frac`` to the nearest integer."""
+    return int(np.rint(np.float64(c) * 2.0**frac))
+
+
+def decode(words: Tensor, frac: int) -> Tensor:
+    """Signed words to float64, any shape: ``words / 2^frac``."""
+    return words.to(torch.float64) / 2.0**frac

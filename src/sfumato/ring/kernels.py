@@ -1,0 +1,72 @@
+"""``torch.library`` ops on ring words: matmul and convolution mod 2^k, with fake versions for the meta device.
+
+Plain torch integer kernels are the reference and today's CPU version; a native or CUDA kernel registers itself for
+its device under the same names and nothing above this file changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["conv", "logical_shift_right", "matmul"]
+
+
+@torch.library.custom_op("ring::matmul", mutates_args=(), device_types="cpu")
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+@_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+@torch.library.custom_op("ring::conv", mutates_args=(), device_types="cpu")
+def _conv(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    return _convolve(x, w, stride, padding, dilation, groups)
+
+
+@_conv.register_fake
+def _(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    return _convolve(x, w, stride, padding, dilation, groups)
+
+
+def _convolve(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
+    return run(x, w, None, list(stride), list(padding), list(dilation), groups)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` mod 2^k, batched as in torch; int64 or int32, CPU or meta. (..., M, K) @ (..., K, N)."""
+    return torch.ops.ring.matmul(a, b)
+
+
+def conv(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution mod 2^k with 1 to 3 spatial axes. x (N, C, ...), w (O, C/groups, ...) -> (N, O, ...)."""
+    return torch.ops.ring.conv(x, w, list(stride), list(padding), list(dilation), groups)
+
+
+def logical_shift_right(words: Tensor, bits: int) -> Tensor:
+    """Shift as unsigned words: zeros come in from the left."""
+    if bits == 0:
+        return words
+    size = 64 if words.dtype == torch.int64 else 32
+    return (words >> bits) & ((1 << (size - bits)) - 1)

@@ -1,0 +1,310 @@
+"""What a client drives: commands on handles, the same calls for real parties, simulation, plain words and shapes."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import JobError
+from sfumato.graph.plan import Plan
+from sfumato.protocol.rep3 import Rep3
+from sfumato.ring.fixed import decode, encode, encode_scalar
+from sfumato.ring.prg import stream_words
+from sfumato.runtime import commands, weights
+from sfumato.runtime.commands import Affine, Call, Command, Drop, Load, Put, Reveal, Stats, WeightSpec, WeightsSpec
+from sfumato.runtime.machine import PartyMachine
+from sfumato.runtime.report import CostReport, merged_rows
+from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
+from sfumato.session.randomness import PairStreams
+from sfumato.types import Ring, Z64
+
+__all__ = ["Backend", "Lockstep", "Remote", "Term", "open_backend"]
+
+#: Fraction bits of the coefficients of an affine combination.
+COEFFICIENT_FRAC = 24
+_LARGE_WEIGHTS = 64 << 20
+
+
+class Term(NamedTuple):
+    """coefficient * handle[start:stop] (rows of the first axis; all of them by default)."""
+
+    handle: str
+    coefficient: float
+    start: int | None = None
+    stop: int | None = None
+
+
+class Backend(ABC):
+    """A client's session with the parties. Use as a context manager; shares are gone when it ends."""
+
+    protocol: str
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._client_bytes = 0
+        self._setup_bytes = 0
+        self._types: dict[str, tuple[Ring, int]] = {}
+        self._started = time.monotonic()
+
+    # ---- the calls ----------------------------------------------------------------------------------------------
+
+    def load(self, name: str, plan: Plan) -> None:
+        """Give the parties a plan and its weights: public words to all, or shares of secret ones."""
+        public, secret = plan.public_weights(), plan.secret_weights()
+        document = plan.to_json()
+        if secret:
+            if public:
+                raise JobError("a plan's weights are public or secret as a whole")
+            items = tuple(WeightSpec(n, str(Z64), plan.frac, tuple(t.shape)) for n, t in secret.items())
+            split: list[list[Tensor]] = [[] for _ in range(self._parties)]
+            for item, tensor in zip(items, secret.values(), strict=True):
+                for mine, parts in zip(split, self._split(tensor, Z64, item.frac), strict=True):
+                    mine.extend(parts)
+            self._command(Load(name, document, WeightsSpec("shares", items)), split, setup=True)
+            return
+        items = tuple(WeightSpec(n, str(Z64), 0, tuple(t.shape)) for n, t in public.items())
+        folder = self._weights_folder
+        if folder is not None and sum(t.numel() * t.element_size() for t in public.values()) > _LARGE_WEIGHTS:
+            document["weights_file"] = weights.stored(folder, public)
+            self._command(Load(name, document, WeightsSpec("stored", items)), setup=True)
+            return
+        attached = [list(public.values())] * self._parties
+        self._command(Load(name, document, WeightsSpec("public", items)), attached, setup=True)
+
+    def put(self, handle: str, values: Tensor, frac: int = 18, ring: Ring = Z64) -> None:
+        """Share the client's reals: each party gets two of three components, seeds instead of words where possible."""
+        self._types[handle] = (ring, frac)
+        command = Put(handle, str(ring), frac, tuple(values.shape))
+        self._command(command, self._split(values, ring, frac))
+
+    def call(
+        self, name: str, path: str, inputs: Mapping[str, str], publics: Mapping[str, Tensor], outputs: Sequence[str]
+    ) -> None:
+        """Run a loaded plan once; ``path`` is new in this session. Outputs become handles."""
+        command = Call(name, path, dict(inputs), dict(publics), tuple(outputs))
+        reply = self._command(command)
+        del reply
+
+    def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
+        """Public combination of handles with one truncation (none when all coefficients are whole)."""
+        whole = all(float(t.coefficient).is_integer() for t in terms)
+        bits = 0 if whole else COEFFICIENT_FRAC
+        words = tuple(
+            commands.Term(t.handle, encode_scalar(t.coefficient, bits), t.start, t.stop) for t in terms
+        )
+        self._command(Affine(handle, words, bits, path))
+
+    def reveal(self, handle: str, frac: int = 18) -> Tensor:
+        """The value, in float64, at the client alone."""
+        replies = self._command(Reveal(handle))
+        components = [tensors[0] for _, tensors in replies]
+        if self.device == "meta":
+            return torch.zeros(components[0].shape, dtype=torch.float64)
+        words = components[0] if len(components) == 1 else Rep3.combine(components, Z64)
+        return decode(words, frac)
+
+    def drop(self, *handles: str) -> None:
+        """Forget values at the parties."""
+        for handle in handles:
+            self._command(Drop(handle))
+
+    def report(self, *, steps: Sequence[float] = ()) -> CostReport:
+        """Cost of this session so far."""
+        stats = [reply for reply, _ in self._command(Stats(), count=False)]
+        rows = merged_rows([reply["rows"] for reply in stats])
+        measured = self._measured
+        return CostReport(
+            protocol=self.protocol,
+            rounds=max(int(reply["rounds"]) for reply in stats),
+            bytes_sent=tuple(sum(cost.bytes_sent[i] for cost in rows.values()) for i in range(self._parties)),
+            sends=tuple(sum(cost.sends[i] for cost in rows.values()) for i in range(self._parties)),
+            client_bytes=self._client_bytes,
+            setup_bytes=self._setup_bytes,
+            by_path=rows,
+            offline_bytes=(0,) * self._parties,
+            seconds=time.monotonic() - self._started if self.device != "meta" else None,
+            cpu_seconds=tuple(float(reply["cpu_s"]) for reply in stats) if measured else (),
+            peak_memory=tuple(int(reply["peak_memory"]) for reply in stats) if measured else (),
+            kernel_bytes=tuple(int(reply["kernel_bytes"]) for reply in stats) if measured else (),
+            steps=tuple(steps),
+        )
+
+    def start_clock(self) -> None:
+        """Measure seconds from now: set-up is over."""
+        self._started = time.monotonic()
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def _parties(self) -> int: ...
+
+    @abstractmethod
+    def _send(
+        self, command: Command, attachments: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
+
+    def close(self) -> None:
+        """End the session; shares are gone afterwards."""
+
+    _weights_folder: Path | None = None
+    _measured = False
+
+    def _command(
+        self,
+        command: Command,
+        attachments: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        setup: bool = False,
+        count: bool = True,
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        given = attachments or [[] for _ in range(self._parties)]
+        replies = self._send(command, given)
+        size = sum(_bytes(tensors) for tensors in given) + sum(_bytes(tensors) for _, tensors in replies)
+        if isinstance(command, Call):
+            size += self._parties * _bytes(list(command.publics.values()))
+        if setup:
+            self._setup_bytes += size
+        elif count:
+            self._client_bytes += size
+        return replies
+
+    def _split(self, values: Tensor, ring: Ring, frac: int) -> list[list[Tensor]]:
+        """Attachments per party: components 0 and 1 are seeded streams, component 2 is the rest."""
+        meta = self.device == "meta"
+        words = encode(values.to("meta") if meta else values, ring, frac)
+        if self._parties == 1:
+            return [[words]]
+        seeds = [torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8) for _ in range(2)]
+        shape = tuple(words.shape)
+        device = "meta" if meta else "cpu"
+        masks = [stream_words(seed.numpy().tobytes(), "put", ring, shape, device) for seed in seeds]
+        rest = Rep3.split(words, ring, masks)[2]
+        return [[seeds[0], seeds[1]], [seeds[1], rest], [rest, seeds[0]]]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Lockstep(Backend):
+    """All parties in this process, in one thread: ``simulate``, ``plain`` and ``meta``."""
+
+    def __init__(self, kind: str, options: Mapping[str, Any], *, seed: bytes | None = None) -> None:
+        super().__init__()
+        self.protocol = "plain" if kind == "plain" else str(options.get("protocol", "rep3"))
+        self.device = "meta" if kind == "meta" else "cpu"
+        count = 1 if self.protocol == "plain" else 3
+        links = LockstepLink.mesh(count)
+        seed = seed or os.urandom(32)
+        self._machines = [
+            PartyMachine(
+                i,
+                links[i],
+                PairStreams(simulation_keys(seed, i, count), self.device),
+                {**options, "protocol": self.protocol},
+                device=self.device,
+            )
+            for i in range(count)
+        ]
+        self._links = links
+
+    @property
+    def _parties(self) -> int:
+        return len(self._machines)
+
+    def _send(
+        self, command: Command, attachments: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        tasks = [
+            Scheduler(link, machine.perform(command, list(own)))
+            for link, machine, own in zip(self._links, self._machines, attachments, strict=True)
+        ]
+        return lockstep(tasks)
+
+    def close(self) -> None:
+        for machine in self._machines:
+            machine.close()
+
+
+class Remote(Backend):
+    """Three real parties over mTLS: a cluster file's, or processes of this machine started for the session."""
+
+    _measured = True
+
+    def __init__(self, cluster: str | Path | None, keys: str | Path | None, options: Mapping[str, Any]) -> None:
+        from sfumato.runtime.client import RemoteSession
+        from sfumato.runtime.cluster import Cluster
+        from sfumato.runtime.local import LocalCluster
+
+        super().__init__()
+        self.protocol = str(options.get("protocol", "rep3"))
+        self._local: LocalCluster | None = None
+        if cluster is None:
+            self._local = LocalCluster(threads=options.get("threads"))
+            self._weights_folder = self._local.folder
+            given = {**options, "weights_folder": str(self._local.folder)}
+            given.pop("threads", None)
+            try:
+                self._session = self._local.session(given)
+            except BaseException:
+                self._local.close()
+                raise
+        else:
+            path = Path(cluster)
+            self._session = RemoteSession(Cluster.load(path), keys or path.parent, dict(options))
+
+    @property
+    def _parties(self) -> int:
+        return 3
+
+    def _send(
+        self, command: Command, attachments: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        return self._session.send(command, attachments)
+
+    def close(self) -> None:
+        self._session.close()
+        if self._local is not None:
+            self._local.close()
+
+
+def open_backend(
+    backend: str = "local",
+    *,
+    protocol: str = "rep3",
+    cluster: str | Path | None = None,
+    keys: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Backend:
+    """A session: ``local`` (three processes over mTLS), ``simulate``, ``plain`` or ``meta`` (shapes alone), or the
+    parties of a cluster file.
+
+    Raises:
+        JobError: an unknown backend.
+        LinkError: the parties cannot be reached.
+    """
+    given = {"protocol": protocol, **(options or {})}
+    if cluster is not None:
+        return Remote(cluster, keys, given)
+    if backend == "local" and protocol != "plain":
+        return Remote(None, None, given)
+    if backend in ("simulate", "plain", "meta", "local"):
+        return Lockstep("plain" if protocol == "plain" else backend, given)
+    raise JobError(f"there is no backend {backend!r}; use local, simulate, plain or meta")

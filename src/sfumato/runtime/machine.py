@@ -1,0 +1,230 @@
+"""A party's machine: a store of named shares, and what each command does to it.
+
+The same class serves real party processes, one-thread simulations, runs on shapes alone, and ``plain``.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import JobError
+from sfumato.graph.execute import execute
+from sfumato.graph.plan import Plan
+from sfumato.link.base import Link
+from sfumato.protocol.base import Protocol
+from sfumato.protocol.plain import Plain
+from sfumato.protocol.rep3 import Rep3
+from sfumato.ring.prg import stream_words
+from sfumato.runtime import weights as weight_files
+from sfumato.runtime.commands import Affine, Call, Command, Drop, Load, Put, Reveal, Stats, Term, WeightSpec
+from sfumato.session.drive import Scheduler
+from sfumato.session.ledger import Ledger
+from sfumato.session.randomness import PairStreams
+from sfumato.session.session import Session
+from sfumato.types import Ring, Secret, Shared
+
+__all__ = ["PartyMachine", "make_machine", "make_protocol"]
+
+_SEED_BYTES = 32
+_DEFAULT_STALL_S = 300.0
+
+
+def make_protocol(options: Mapping[str, Any]) -> Protocol:
+    """The protocol that a job's options name: ``{"protocol": "rep3" | "plain", "fused": bool}``."""
+    kinds: dict[str, type[Protocol]] = {"rep3": Rep3, "plain": Plain}
+    name = options.get("protocol", "rep3")
+    if name not in kinds:
+        raise JobError(f"there is no protocol {name!r}; use rep3 or plain")
+    return kinds[name](fused=bool(options.get("fused", True)))
+
+
+class PartyMachine:
+    """One party's store and what it does for a client. Holds shares only as long as the session lives."""
+
+    def __init__(
+        self, party: int, link: Link, streams: PairStreams, options: Mapping[str, Any], *, device: str = "cpu"
+    ) -> None:
+        self.protocol = make_protocol(options)
+        self.ledger = Ledger()
+        self.party = party
+        self._link = link
+        self._device = device
+        self._stall_s = float(options.get("stall_s", _DEFAULT_STALL_S))
+        self._files = str(options.get("weights_folder", ""))
+        self._root = Session(party, link, streams, self.ledger, device=device)
+        self._handles: dict[str, Shared] = {}
+        self._plans: dict[str, tuple[Plan, dict[str, Tensor | Shared]]] = {}
+
+    # ---- commands -----------------------------------------------------------------------------------------------
+
+    def handle(self, command: Command, attachments: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Do a command over real links; every wait is bounded.
+
+        Raises:
+            JobError: an unknown name or a value of the wrong type.
+            LinkError: a peer is gone or silent.
+        """
+        reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(self._link, self.perform(command, attachments)).run(
+            self._stall_s
+        )
+        return reply
+
+    async def perform(self, command: Command, attachments: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+        """The command as a coroutine for any driver: (reply fields, reply tensors)."""
+        with torch.inference_mode():
+            reply: tuple[dict[str, Any], list[Tensor]] = ({}, [])
+            match command:
+                case Load():
+                    self._load(command, attachments)
+                case Put():
+                    spec = WeightSpec(command.handle, command.ring, command.frac, command.shape)
+                    self._handles[command.handle] = self._received(spec, attachments)
+                case Call():
+                    await self._call(command)
+                case Affine():
+                    self._handles[command.handle] = await self._affine(command)
+                case Reveal():
+                    reply = ({}, [self._component(command.handle)])
+                case Drop():
+                    self._get(command.handle)
+                    del self._handles[command.handle]
+                case Stats():
+                    reply = (self._stats(), [])
+                case _:
+                    raise JobError(f"a machine does not know the command {type(command).__name__}")
+            self.ledger.rounds = self._root.clock
+            return reply
+
+    def close(self) -> None:
+        """Forget every share and plan."""
+        self._handles.clear()
+        self._plans.clear()
+
+    # ---- what they do -------------------------------------------------------------------------------------------
+
+    def _load(self, command: Load, attachments: list[Tensor]) -> None:
+        document = dict(command.plan)
+        stored = document.pop("weights_file", None)
+        plan = Plan.from_json(document)
+        held: dict[str, Tensor | Shared] = {}
+        form, items = command.weights.form, command.weights.items
+        if form == "public":
+            if len(items) != len(attachments):
+                raise JobError(f"{len(items)} weights are named and {len(attachments)} came")
+            held = {item.name: tensor for item, tensor in zip(items, attachments, strict=True)}
+        elif form == "shares":
+            left = list(attachments)
+            for item in items:
+                count = self._parts_per_value
+                held[item.name] = self._received(item, left[:count])
+                del left[:count]
+        elif stored is not None:
+            held = dict(weight_files.opened(Path(self._files), stored, [item.name for item in items]))
+        self._plans[command.name] = (plan, held)
+
+    @property
+    def _parts_per_value(self) -> int:
+        return 2 if self.protocol.parties == 3 else 1
+
+    def _received(self, spec: WeightSpec, attachments: list[Tensor]) -> Shared:
+        """The client's share of a value: two components, each as words or as a 32-byte seed of them."""
+        type = Secret(Ring.named(spec.ring), spec.frac, spec.shape)
+        if len(attachments) != self._parts_per_value:
+            raise JobError(f"a share of {spec.name} comes as {self._parts_per_value} tensors, not {len(attachments)}")
+        return Shared(type, tuple(self._component_of(type, spec.name, tensor) for tensor in attachments))
+
+    def _component_of(self, type: Secret, name: str, tensor: Tensor) -> Tensor:
+        if self._device == "meta":
+            return torch.empty(type.shape, dtype=type.ring.dtype, device="meta")
+        if tensor.dtype == torch.uint8 and tensor.numel() == _SEED_BYTES:
+            return stream_words(tensor.numpy().tobytes(), "put", type.ring, type.shape)
+        if tensor.dtype != type.ring.dtype or tuple(tensor.shape) != type.shape:
+            raise JobError(f"the share of {name} is {tensor.dtype}{list(tensor.shape)}, not {type}")
+        return tensor
+
+    async def _call(self, command: Call) -> None:
+        if command.name not in self._plans:
+            raise JobError(f"there is no plan {command.name!r} here; load it first")
+        plan, held = self._plans[command.name]
+        secrets = {argument: self._get(handle) for argument, handle in command.inputs.items()}
+        session = self._root.fork(command.path)
+        outputs = await execute(self.protocol, session, plan, secrets, command.publics, held)
+        if len(outputs) != len(command.outputs):
+            raise JobError(f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named")
+        self._handles.update(zip(command.outputs, outputs, strict=True))
+
+    async def _affine(self, command: Affine) -> Shared:
+        p = self.protocol
+        if not command.terms:
+            raise JobError("an affine command needs at least one term")
+        xs = [self._sliced(term) for term in command.terms]
+        coefficients = [_signed(term.coefficient) for term in command.terms]
+
+        def combine(*parts: Tensor) -> Tensor:
+            total = parts[0] * coefficients[0]
+            for part, c in zip(parts[1:], coefficients[1:], strict=True):
+                total = total + part * c
+            return total
+
+        frac = xs[0].frac
+        if any(x.frac != frac for x in xs):
+            raise JobError("the terms of an affine command have different scales")
+        session = self._root.fork(command.path, row=True)
+        total = p.linear(combine, *xs, frac=frac + command.frac_bits)
+        if command.constant is not None:
+            total = p.add_public(session, total, command.constant)
+        return total if command.frac_bits == 0 else await p.truncate(session.fork("close"), total, command.frac_bits)
+
+    def _sliced(self, term: Term) -> Shared:
+        x = self._get(term.handle)
+        if term.start is None:
+            return x
+        return self.protocol.linear(lambda part: part[term.start : term.stop], x)
+
+    def _component(self, handle: str) -> Tensor:
+        """This party's first component, re-randomized: the client learns the sum and nothing of how it came about."""
+        x = self._get(handle)
+        if self.protocol.parties == 1:
+            return x.parts[0]
+        session = self._root.fork(f"reveal/{handle}")
+        me, nxt, prv = self.party, (self.party + 1) % 3, (self.party + 2) % 3
+        ahead = session.prg("zero", (min(me, nxt), max(me, nxt)), x.ring, x.shape)
+        behind = session.prg("zero", (min(me, prv), max(me, prv)), x.ring, x.shape)
+        return x.parts[0] + ahead - behind
+
+    def _get(self, handle: str) -> Shared:
+        if handle not in self._handles:
+            raise JobError(f"there is no value {handle!r} here; put it first")
+        return self._handles[handle]
+
+    def _stats(self) -> dict[str, Any]:
+        scale = 1 if sys.platform == "darwin" else 1024
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        stats: dict[str, Any] = {
+            "rounds": self.ledger.rounds,
+            "rows": {path: [row.bytes_sent, row.sends] for path, row in self.ledger.rows.items()},
+            "peak_memory": usage.ru_maxrss * scale,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "threads": threading.active_count(),
+        }
+        kernel = getattr(self._link, "kernel_bytes", None)
+        if kernel is not None:
+            stats["kernel_bytes"] = sum(kernel().values())
+        return stats
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def make_machine(party: int, link: Link, pair_keys: dict[int, bytes], options: dict[str, Any]) -> PartyMachine:
+    """What a party process runs for one session."""
+    return PartyMachine(party, link, PairStreams(pair_keys), options)

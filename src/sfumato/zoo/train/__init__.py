@@ -1,0 +1,1 @@
+"""Training of the embedded pipeline and of its judge: ``python -m sfumato.zoo.train``."""

@@ -1,0 +1,44 @@
+"""The judge recognises what the embedded pipeline draws, with 50 plain DDIM steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
+from sfumato.zoo.judge import Judge, load_judge
+from sfumato.zoo.train.evaluate import generate
+
+JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
+SEEDS = range(4)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    assert JUDGE.stat().st_size <= 1_000_000
+    return load_judge(JUDGE)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Images (20, 4, 32, 32): four seeds of every class."""
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded_path(), local_files_only=True)
+    drawn = [generate(pipeline, label, SEEDS, RECOMMENDED_GUIDANCE) for label in range(20)]
+    return torch.stack(drawn)
+
+
+def test_classes_are_recognised(judge: Judge, images: torch.Tensor) -> None:
+    said = judge.classify(images.flatten(0, 1)).reshape(20, len(SEEDS))
+    right = (said == torch.arange(20)[:, None]).float()
+    print("right of 4, by class:", right.sum(1).int().tolist())
+    assert right[:10].mean() >= 0.92
+    assert right[10:].mean() >= 0.80
+    assert (right.sum(1) >= 2).all()
+
+
+def test_seeds_give_different_images(images: torch.Tensor) -> None:
+    distance = torch.stack([torch.pdist(group.flatten(1)).min() for group in images])
+    assert (distance > 0.5).all()

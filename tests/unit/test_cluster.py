@@ -1,0 +1,123 @@
+"""The cluster file and its private authority."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from sfumato.errors import JobError
+from sfumato.runtime.cluster import Cluster, Limits, init_cluster
+
+GOOD = """
+format = 1
+[[party]]
+name = "hospital"
+host = "10.0.0.1"
+port = 8440
+[[party]]
+name = "university"
+host = "mpc.example.org"
+port = 8440
+[[party]]
+name = "cloud"
+host = "::1"
+port = 8440
+[limits]
+stall_s = 30
+"""
+
+
+def test_parse() -> None:
+    cluster = Cluster.parse(GOOD)
+    assert [m.name for m in cluster.parties] == ["hospital", "university", "cloud"]
+    assert cluster.limits == Limits(stall_s=30.0)
+    assert Cluster.parse(cluster.to_toml()) == cluster
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("format = 1", "format = 2", "Set format = 1."),
+        ("format = 1", "format = 1\ncolour = 3", "Unknown key 'colour'."),
+        ('host = "10.0.0.1"', 'host = "10.0.0.1"\nprot = 1', "Unknown key 'prot' in party 0."),
+        ('host = "10.0.0.1"', 'host = "a b"', "The host of party 0 must be an IP address or a host name."),
+        ('host = "::1"\nport = 8440', 'host = "::1"\nport = 70000', "The port of party 2 must be a whole number"),
+        ('host = "::1"\nport = 8440', 'host = "::1"\nport = true', "The port of party 2 must be a whole number"),
+        ('name = "cloud"', 'name = "hospital"', "different names"),
+        ('name = "cloud"', 'name = ""', "The name of party 2"),
+        ('host = "::1"', 'host = "10.0.0.1"', "different addresses"),
+        ('host = "::1"', 'host = "::1"\nfingerprint = "abc"', "The fingerprint of party 2"),
+        ("stall_s = 30", "stall_s = -1", "stall_s must be a number from"),
+        ("stall_s = 30", "max_frame_bytes = 1e9", "max_frame_bytes must be a whole number"),
+        ("stall_s = 30", "stal_s = 30", "Unknown key 'stal_s' in [limits]."),
+        ("format = 1", "format = = 1", "not valid TOML"),
+    ],
+)
+def test_every_problem_has_a_sentence(old: str, new: str, sentence: str) -> None:
+    assert old in GOOD
+    with pytest.raises(JobError) as caught:
+        Cluster.parse(GOOD.replace(old, new))
+    assert sentence in str(caught.value)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(JobError) as caught:
+        Cluster.parse("shape = 1\n[limits]\nx = 1\n")
+    for sentence in ("Unknown key 'shape'.", "Set format = 1.", "exactly three [[party]]", "Unknown key 'x' in [limits]."):
+        assert sentence in str(caught.value)
+
+
+def test_init_gives_each_operator_only_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    cluster = init_cluster(folder, hosts=("10.0.0.1", "b.example", "::1"), clients=("alice", "bob"))
+    shelves = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert shelves == ["alice", "bob", "party0", "party1", "party2"]
+    keys = set()
+    for shelf in shelves:
+        files = {p.name: p for p in (folder / shelf).iterdir()}
+        assert sorted(files) == ["authority.pem", "certificate.pem", "cluster.toml", "key.pem"]
+        assert stat.S_IMODE(files["key.pem"].stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / shelf).stat().st_mode) == 0o700
+        keys.add(files["key.pem"].read_bytes())
+        assert Cluster.load(folder / shelf) == cluster
+    assert len(keys) == 5
+    certificate = x509.load_pem_x509_certificate((folder / "party1" / "certificate.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["sfumato://party/1"]
+    assert cluster.parties[1].fingerprint == "sha256:" + certificate.fingerprint(hashes.SHA256()).hex()
+    assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days <= 366
+
+
+def test_init_refuses_to_overwrite(tmp_path: Path) -> None:
+    init_cluster(tmp_path / "c")
+    before = (tmp_path / "c" / "party0" / "key.pem").read_bytes()
+    with pytest.raises(JobError, match="not empty"):
+        init_cluster(tmp_path / "c")
+    assert (tmp_path / "c" / "party0" / "key.pem").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hosts": ("a", "b")},
+        {"hosts": ("a b", "b", "c")},
+        {"ports": (1, 2, 99999)},
+        {"clients": ()},
+        {"clients": ("a", "a")},
+        {"clients": ("../x",)},
+        {"clients": ("party0",)},
+    ],
+)
+def test_init_refuses_before_writing(tmp_path: Path, wrong: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(JobError):
+        init_cluster(tmp_path / "c", **wrong)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="cannot read the cluster file"):
+        Cluster.load(tmp_path / "none.toml")
