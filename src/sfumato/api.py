@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
 from sfumato.errors import JobError
+from sfumato.graph.places import Place
 from sfumato.graph.plan import ClientValues, Plan, client_side
 from sfumato.runtime.backend import Backend, open_backend
 from sfumato.runtime.report import CostReport
@@ -53,31 +58,53 @@ class Deployment:
 
         A tensor argument may be a Handle of this deployment: its value never leaves the parties.
         """
-        number = self._calls
+        number, program = self._calls, self.plan.program
         self._calls += 1
-        return self._run(number, client_side(self.plan, args, kwargs), reveal)
+        handles = {n: a for n, a in program.matched(args, kwargs).items() if isinstance(a, Handle)}
+        for name, handle in handles.items():
+            if self.plan.places[name] is not Place.SECRET:
+                raise JobError(f"the argument {name} is not secret in this plan; give its value")
+            if handle.shape != program.types[name][0]:
+                raise JobError(
+                    f"the handle has shape {list(handle.shape)}, the argument {name} {list(program.types[name][0])}"
+                )
+        args, kwargs = tree_map(_stand_in, (args, kwargs))
+        values = client_side(self.plan, args, kwargs, held=handles)
+        return self._run(number, values, handles, reveal)
 
-    def _run(self, number: int, values: ClientValues, reveal: bool) -> Any:
-        names: dict[str, str] = {}
+    def _run(self, number: int, values: ClientValues, handles: Mapping[str, Handle], reveal: bool) -> Any:
+        names = {n: handle.name for n, handle in handles.items()}
         temporary = []
         for name, tensor in values.secrets.items():
-            if isinstance(tensor, Handle):
-                names[name] = tensor.name
-                continue
+            type = self.plan.secret_type(name)
             names[name] = f"in{number}/{name}"
-            self._backend.put(names[name], tensor, self.plan.frac_of(name))
+            self._backend.put(names[name], tensor, type.frac, type.ring)
             temporary.append(names[name])
-        outputs = [f"out{number}/{i}" for i in range(len(self.plan.outputs))]
-        self._backend.call(_PLAN, f"call{number}", names, values.publics, outputs)
+        outputs = {n: f"out{number}/{n}" for n in self.plan.secret_outputs}
+        self._backend.call(_PLAN, f"call{number}", names, values.publics, list(outputs.values()))
         self._backend.drop(*temporary)
-        found: list[Any] = []
-        for name, output in zip(outputs, self.plan.outputs, strict=True):
+        found: dict[str, Any] = dict(values.outputs)
+        frac = self.plan.options.frac
+        for name, handle_name in outputs.items():
+            shape, dtype = self.plan.program.types[name]
             if reveal:
-                found.append(self._backend.reveal(name, self.plan.frac).to(dtype=output.dtype))
-                self._backend.drop(name)
+                found[name] = self._backend.reveal(handle_name, frac).to(dtype)
+                self._backend.drop(handle_name)
             else:
-                found.append(Handle(name, tuple(output.shape), self.plan.frac))
-        return self.plan.restructured(found, values)
+                found[name] = Handle(handle_name, shape, frac)
+        return self.plan.program.assemble(found)
+
+    def call_on_shapes(self) -> None:
+        """One call with zeros for every value that comes from outside: what a run on shapes needs."""
+        plan = self.plan
+
+        def zeros(names: Iterable[str]) -> dict[str, Tensor]:
+            types = plan.program.types
+            return {n: torch.zeros(types[n][0], dtype=types[n][1]) for n in names}
+
+        values = ClientValues(zeros(plan.client_inputs), zeros(plan.public_inputs), zeros(plan.program.output_names))
+        self._run(self._calls, values, {}, True)
+        self._calls += 1
 
     @property
     def cost(self) -> CostReport:
@@ -95,6 +122,10 @@ class Deployment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stand_in(value: Any) -> Any:
+    return torch.zeros(value.shape) if isinstance(value, Handle) else value
 
 
 def deploy(
@@ -148,7 +179,5 @@ def estimate(plan: Plan, protocol: str = "rep3", *, fused: bool = True) -> CostR
     if protocol == "plain":
         raise JobError("plain sends nothing; estimate rep3")
     with deploy(plan, backend="meta", protocol=protocol, fused=fused) as deployment:
-        args, kwargs = plan.example_arguments()
-        deployment(*args, **kwargs)
+        deployment.call_on_shapes()
         return deployment.cost
-

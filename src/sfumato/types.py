@@ -95,7 +95,8 @@ class Shared:
 class TruncationError:
     """Error model of a protocol's truncation: result = exact quotient + e, |e| < ``max_ulp``, mean ``bias_ulp``.
 
-    It cannot fail while the word before truncation lies in [-2^(k - ``headroom_bits``), 2^(k - ``headroom_bits``)).
+    It cannot fail while the word before truncation lies strictly between -2^(k - ``headroom_bits``) and
+    2^(k - ``headroom_bits``). A quotient without remainder is exact.
     """
 
     max_ulp: float

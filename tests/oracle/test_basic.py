@@ -23,7 +23,11 @@ from sfumato.types import Z64, Secret, Shared
 FRAC = 18
 ULP = 2.0**-FRAC
 SMALL = Tiles(elements=64, smallest=16, products=64)
-PROTOCOLS = [pytest.param(Rep3(), id="rep3"), pytest.param(Rep3(fused=False), id="rep3-moves"), pytest.param(Plain(), id="plain")]
+PROTOCOLS = [
+    pytest.param(Rep3(), id="rep3"),
+    pytest.param(Rep3(fused=False), id="rep3-moves"),
+    pytest.param(Plain(), id="plain"),
+]
 
 Op = Callable[[Protocol, Session, list[Shared]], Awaitable[Shared]]
 
@@ -53,10 +57,16 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("p", PROTOCOLS)
 @pytest.mark.parametrize("tiles", [Tiles(), SMALL], ids=["whole", "tiled"])
-@pytest.mark.parametrize("shapes", [((5, 7), (7, 3)), ((9, 4), (4, 11)), ((2, 3, 8, 5), (2, 3, 5, 6)), ((4, 6, 5), (5, 3))])
+@pytest.mark.parametrize(
+    "shapes", [((5, 7), (7, 3)), ((9, 4), (4, 11)), ((2, 3, 8, 5), (2, 3, 5, 6)), ((4, 6, 5), (5, 3))]
+)
 @pytest.mark.parametrize("public", ["none", "left", "right"])
 def test_matmul(p: Protocol, tiles: Tiles, shapes: tuple, public: str) -> None:
-    a, b, c = normal(*shapes[0]), normal(*shapes[1], seed=1), normal(*torch.matmul(normal(*shapes[0]), normal(*shapes[1])).shape, seed=2)
+    a, b, c = (
+        normal(*shapes[0]),
+        normal(*shapes[1], seed=1),
+        normal(*torch.matmul(normal(*shapes[0]), normal(*shapes[1])).shape, seed=2),
+    )
 
     async def op(p: Protocol, s: Session, xs: list[Shared]) -> Shared:
         left = a if public == "left" else xs[0]
@@ -93,7 +103,9 @@ def test_linear_with_bias_and_residual(p: Protocol, tiles: Tiles, secret_weight:
         ((2, 3, 11), (4, 3, 5), Conv((2,), (2,), (1,))),
     ],
 )
-def test_conv(p: Protocol, tiles: Tiles, secret_weight: bool, shape: tuple, kernel: tuple, geometry: Conv) -> None:
+def test_conv(
+    p: Protocol, tiles: Tiles, secret_weight: bool, shape: tuple, kernel: tuple, geometry: Conv
+) -> None:
     x, w, bias = normal(*shape), normal(*kernel, seed=1), normal(kernel[0], seed=2)
 
     async def op(p: Protocol, s: Session, xs: list[Shared]) -> Shared:
@@ -155,4 +167,6 @@ def test_cost_on_shapes_is_the_real_cost(tiles: Tiles) -> None:
 
     _, real = run(Rep3(), op, x)
     _, shapes = run(Rep3(), op, x, device="meta")
-    assert [(a.rounds, a.bytes_sent, a.sends, a.rows) for a in real] == [(a.rounds, a.bytes_sent, a.sends, a.rows) for a in shapes]
+    assert [(a.rounds, a.bytes_sent, a.sends, a.rows) for a in real] == [
+        (a.rounds, a.bytes_sent, a.sends, a.rows) for a in shapes
+    ]

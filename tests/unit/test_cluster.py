@@ -45,8 +45,16 @@ def test_parse() -> None:
         ("format = 1", "format = 1\ncolour = 3", "Unknown key 'colour'."),
         ('host = "10.0.0.1"', 'host = "10.0.0.1"\nprot = 1', "Unknown key 'prot' in party 0."),
         ('host = "10.0.0.1"', 'host = "a b"', "The host of party 0 must be an IP address or a host name."),
-        ('host = "::1"\nport = 8440', 'host = "::1"\nport = 70000', "The port of party 2 must be a whole number"),
-        ('host = "::1"\nport = 8440', 'host = "::1"\nport = true', "The port of party 2 must be a whole number"),
+        (
+            'host = "::1"\nport = 8440',
+            'host = "::1"\nport = 70000',
+            "The port of party 2 must be a whole number",
+        ),
+        (
+            'host = "::1"\nport = 8440',
+            'host = "::1"\nport = true',
+            "The port of party 2 must be a whole number",
+        ),
         ('name = "cloud"', 'name = "hospital"', "different names"),
         ('name = "cloud"', 'name = ""', "The name of party 2"),
         ('host = "::1"', 'host = "10.0.0.1"', "different addresses"),
@@ -67,7 +75,12 @@ def test_every_problem_has_a_sentence(old: str, new: str, sentence: str) -> None
 def test_all_problems_at_once() -> None:
     with pytest.raises(JobError) as caught:
         Cluster.parse("shape = 1\n[limits]\nx = 1\n")
-    for sentence in ("Unknown key 'shape'.", "Set format = 1.", "exactly three [[party]]", "Unknown key 'x' in [limits]."):
+    for sentence in (
+        "Unknown key 'shape'.",
+        "Set format = 1.",
+        "exactly three [[party]]",
+        "Unknown key 'x' in [limits].",
+    ):
         assert sentence in str(caught.value)
 
 

@@ -33,10 +33,23 @@ from sfumato.runtime.commands import (
 )
 from sfumato.runtime.wire import MessageStream, canonical, pack_message, read_message
 
-DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float32, torch.float64]
+DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float32,
+    torch.float64,
+]
 DTYPES += [torch.float16, torch.bfloat16]
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**64), 2**64) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**64), 2**64)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -58,7 +71,11 @@ def frames_of(parts: list[tuple[int, Any]]) -> Any:
     return lambda: next(frames)
 
 
-@given(st.dictionaries(st.text(), json_values, max_size=4), st.lists(tensors(), max_size=4), st.sampled_from([8, 64, 4096]))
+@given(
+    st.dictionaries(st.text(), json_values, max_size=4),
+    st.lists(tensors(), max_size=4),
+    st.sampled_from([8, 64, 4096]),
+)
 @settings(max_examples=150, deadline=None)
 def test_round_trip(header: dict[str, Any], values: list[Tensor], chunk: int) -> None:
     parts = pack_message(header, values, chunk)
@@ -119,7 +136,9 @@ ONE = canonical({"header": {}, "tensors": [{"dtype": "int64", "shape": [2]}]})
         envelope(b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [true]}]}'),
         envelope(b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [1.5]}]}'),
         envelope(b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [99999999999999999999]}]}'),
-        envelope(b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [0, 200000000000000, 200000000000000]}]}'),
+        envelope(
+            b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [0, 200000000000000, 200000000000000]}]}'
+        ),
         envelope(b'{"header": {}, "tensors": [{"dtype": "int64", "shape": [1000000, 1000000]}]}'),
         envelope(b'{"header": {}, "tensors": [{"dtype": "int8", "shape": ' + b"[" + b"1," * 40 + b"1]}]}"),
         [*envelope(ONE), (3, bytes(16))],
@@ -143,7 +162,9 @@ def test_what_does_not_travel() -> None:
 
 
 COMMANDS: list[Command] = [
-    Load("unet", {"nodes": [1, 2.5, "x"]}, WeightsSpec("public", (WeightSpec("a.weight", "Z64", 18, (2, 3)),))),
+    Load(
+        "unet", {"nodes": [1, 2.5, "x"]}, WeightsSpec("public", (WeightSpec("a.weight", "Z64", 18, (2, 3)),))
+    ),
     Load("unet", {}, WeightsSpec("shares")),
     Put("x", "Z64", 18, (1, 4, 8, 8)),
     Call("unet", "step/3", {"sample": "x"}, {"b": torch.ones(2), "a": torch.tensor(3)}, ("y", "z")),
@@ -195,7 +216,15 @@ def test_bad_names(handle: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "term", [["y", 1.0, None, None], ["y", 2**64, None, None], ["y", 1, 0, None], ["y", 1, 3, 2], ["y", 1, True, 2], ["y", 1]]
+    "term",
+    [
+        ["y", 1.0, None, None],
+        ["y", 2**64, None, None],
+        ["y", 1, 0, None],
+        ["y", 1, 3, 2],
+        ["y", 1, True, 2],
+        ["y", 1],
+    ],
 )
 def test_bad_terms(term: list[Any]) -> None:
     header, values = to_message(Affine("x", (), 0, "p"))

@@ -1,7 +1,9 @@
 """Any affine diffusers scheduler as public coefficients, found by running the scheduler itself.
 
-The real scheduler (a copy) runs in float64 on a probe whose elements are basis vectors: one for the first sample, one
-for each model output, one for each noise. What comes back are the coefficients of the step; a second run on random
+The real scheduler (a copy) runs in float64 on a probe whose elements are basis vectors: one for the first
+sample, one
+for each model output, one for each noise. What comes back are the coefficients of the step; a second run on
+random
 values shows whether the scheduler is affine at all. Nothing here knows how any scheduler works.
 """
 
@@ -35,7 +37,8 @@ _patching = threading.Lock()
 class Step:
     """One step: the next sample is a sum of recent samples, recent model outputs and the step's own noise.
 
-    ``samples`` and ``outputs`` map age (0: this step's) to coefficient. The model sees ``input_scale`` times the
+    ``samples`` and ``outputs`` map age (0: this step's) to coefficient. The model sees ``input_scale`` times
+    the
     sample. ``draws``: whether the scheduler draws noise here, even if ``noise`` (its coefficient) is zero.
     """
 
@@ -59,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All steps; the first sample is ``init_sigma`` times unit noise, the last one is divided by ``final_scale``."""
+    """All steps; the first sample is ``init_sigma`` times unit noise."""
 
     steps: tuple[Step, ...]
     init_sigma: float
@@ -104,7 +107,8 @@ def probe_schedule(
     """The coefficients of ``scheduler`` for a run of so many steps.
 
     Raises:
-        JobError: one sentence: the scheduler refuses these settings, or its step is not affine (what to change).
+        JobError: one sentence: the scheduler refuses these settings, or its step is not affine (what to
+        change).
     """
     runner = _Runner(scheduler, num_inference_steps, timesteps, sigmas, eta)
     try:
@@ -122,7 +126,7 @@ def probe_schedule(
     return schedule
 
 
-# ---- running the real scheduler -----------------------------------------------------------------------------------
+# ---- running the real scheduler ----------------------------------------------------------------------------
 
 
 class _Exact(Tensor):
@@ -204,12 +208,17 @@ class _Runner:
             def draw(*_: Any, k: int = k, drawn: list[int] = drawn, **__: Any) -> Tensor:
                 drawn.append(k)
                 if len(drawn) > 1:
-                    raise JobError(f"{self.title} draws noise twice in one step; use DDPM, DDIM with eta, or Euler ancestral")
+                    raise JobError(
+                        f"{self.title} draws noise twice in one step; use DDPM, DDIM with eta, or Euler
+                        ancestral"
+                    )
                 return _exact(noise(k))
 
             run.timesteps.append(t)
             run.samples.append(sample)
-            scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+            scaled = (
+                scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+            )
             run.inputs.append(scaled)
             with _noise_from(scheduler, draw):
                 sample = scheduler.step(_exact(output(k)), t, sample, return_dict=False, **extra)[0]
@@ -232,8 +241,12 @@ class _Runner:
         real = self.run(first, outputs.__getitem__, noises.__getitem__)
         samples, worst = [first], 0.0
         for k, step in enumerate(schedule.steps):
-            following = sum((c * real.samples[k - age] for age, c in step.samples.items()), torch.zeros(shape))
-            following = following + sum((c * outputs[k - age] for age, c in step.outputs.items()), torch.zeros(shape))
+            following = sum(
+                (c * real.samples[k - age] for age, c in step.samples.items()), torch.zeros(shape)
+            )
+            following = following + sum(
+                (c * outputs[k - age] for age, c in step.outputs.items()), torch.zeros(shape)
+            )
             samples.append(following + step.noise * noises[k])
             worst = max(worst, _distance(samples[-1], real.samples[k + 1]))
             worst = max(worst, _distance(step.input_scale * real.samples[k], real.inputs[k]))
@@ -248,7 +261,11 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 @contextlib.contextmanager
 def _noise_from(scheduler: Any, draw: Callable[..., Tensor]) -> Iterator[None]:
     """Let the scheduler's modules draw their noise from ``draw``."""
-    modules = {sys.modules[c.__module__] for c in type(scheduler).__mro__ if hasattr(sys.modules[c.__module__], "randn_tensor")}
+    modules = {
+        sys.modules[c.__module__]
+        for c in type(scheduler).__mro__
+        if hasattr(sys.modules[c.__module__], "randn_tensor")
+    }
     with _patching:
         kept = {module: vars(module)["randn_tensor"] for module in modules}
         try:
@@ -260,7 +277,7 @@ def _noise_from(scheduler: Any, draw: Callable[..., Tensor]) -> Iterator[None]:
                 vars(module)["randn_tensor"] = original
 
 
-# ---- coefficients -------------------------------------------------------------------------------------------------
+# ---- coefficients ------------------------------------------------------------------------------------------
 
 
 def _solve(run: _Run, k: int, title: str) -> Step:
@@ -276,27 +293,42 @@ def _solve(run: _Run, k: int, title: str) -> Step:
         rest = torch.ones_like(following, dtype=torch.bool)
         rest[1 + k + 1 - old : 1 + k + 1] = False
         rest[1 + count + k] = False
-        recent = torch.stack([samples[k - age] for age in range(used)], 1) if used else following.new_zeros(len(following), 0)
+        recent = (
+            torch.stack([samples[k - age] for age in range(used)], 1)
+            if used
+            else following.new_zeros(len(following), 0)
+        )
         target = following[rest]
-        weights = torch.linalg.lstsq(recent[rest], target[:, None], driver="gelsd").solution[:, 0] if used else target[:0]
-        if float((recent[rest] @ weights - target).abs().max()) > _EXACT * size or bool((weights.abs() > 1e4).any()):
+        weights = (
+            torch.linalg.lstsq(recent[rest], target[:, None], driver="gelsd").solution[:, 0]
+            if used
+            else target[:0]
+        )
+        if float((recent[rest] @ weights - target).abs().max()) > _EXACT * size or bool(
+            (weights.abs() > 1e4).any()
+        ):
             continue
         own = outputs - (recent @ weights)[1 : 1 + count]
         return Step(
             timestep=float(run.timesteps[k]),
             input_scale=_scale(run.inputs[k].flatten(), samples[k]),
             samples={age: float(w) for age, w in enumerate(weights) if abs(float(w)) > _EXACT * size},
-            outputs={age: float(own[k - age]) for age in range(old) if abs(float(own[k - age])) > _EXACT * size},
+            outputs={
+                age: float(own[k - age]) for age in range(old) if abs(float(own[k - age])) > _EXACT * size
+            },
             noise=float(noise),
             draws=run.draws[k],
         )
-    raise JobError(f"the step {k} of {title} is not a combination of its last samples, outputs and noise; use DDIM or Euler")
+    raise JobError(
+        f"the step {k} of {title} is not a combination of its last samples, outputs and noise; use DDIM or
+        Euler"
+    )
 
 
 def _supports(k: int) -> list[tuple[int, int]]:
     """(samples, outputs) to try, fewest values first."""
     short = [(s, o) for s in range(min(k + 1, _MAX_SAMPLES) + 1) for o in range(min(k + 1, 6) + 1)]
-    return sorted(short, key=lambda pair: (sum(pair), pair[0])) + [(1, k + 1)]
+    return [*sorted(short, key=lambda pair: (sum(pair), pair[0])), (1, k + 1)]
 
 
 def _scale(scaled: Tensor, sample: Tensor) -> float:

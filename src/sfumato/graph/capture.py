@@ -35,7 +35,7 @@ _RANDOM = re.compile(r"aten\.(rand|randn|randint|randperm|normal|bernoulli|multi
 _DROPPED_KWARGS = frozenset(("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"))
 
 
-def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> Program:
     """The program of ``module(*args, **kwargs)`` in eval mode, for the shapes of these arguments.
 
     Weights are not copied; half-precision modules are captured as they are and computed as float32. Integers and

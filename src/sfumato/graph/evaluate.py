@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -84,11 +85,16 @@ def _one_hot(ids: Tensor, size: int) -> Tensor:
 
 def _positions_one_hot(indices: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
     """Rows that pick ``x[indices]`` out of x's leading axes ``shape``, flattened: (n, prod(shape))."""
-    size = 1
-    for d in shape:
-        size *= d
+    size = math.prod(shape)
     flat = torch.arange(size).reshape(tuple(shape))[tuple(indices)]
     return _one_hot(flat.reshape(-1), size)
+
+
+def _resample_matrix(target: str, size: tuple[int, ...], args: tuple[Any, ...]) -> Tensor:
+    """The matrix (prod(size), prod(out)) of a linear map of the last axes, from what it makes of each unit."""
+    count = math.prod(size)
+    units = torch.eye(count).reshape(count, 1, *size)
+    return resolve(target)(units, *args).reshape(count, -1)
 
 
 def _to_float(mask: Tensor) -> Tensor:
@@ -123,6 +129,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "aten.getitem.int": _getitem,
     "sfumato.one_hot": _one_hot,
     "sfumato.positions_one_hot": _positions_one_hot,
+    "sfumato.resample_matrix": _resample_matrix,
     "sfumato.to_float": _to_float,
     "sfumato.norm_scale": _norm_scale,
     "sfumato.norm_shift": _norm_shift,

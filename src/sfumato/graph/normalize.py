@@ -37,6 +37,18 @@ _RENAMED = {
 _SHAPE_ONLY = frozenset(
     ("aten.reshape.default", "aten.expand.default", "aten.slice.Tensor", "aten.flatten.using_ints", "aten.squeeze.default")
 )
+#: Second argument with which the call returns its first one.
+_NEUTRAL = {
+    "aten.mul.Tensor": 1, "aten.mul.Scalar": 1, "aten.div.Tensor": 1, "aten.div.Scalar": 1, "aten.add.Tensor": 0,
+    "aten.add.Scalar": 0, "aten.sub.Tensor": 0, "aten.sub.Scalar": 0, "aten.pow.Tensor_Scalar": 1,
+}  # fmt: skip
+#: What a call fills its result with: a number, or the position of the argument that says it.
+_FILLS: dict[str, int | tuple[int]] = {
+    "aten.ones_like.default": 1, "aten.zeros_like.default": 0, "aten.full_like.default": (1,), "aten.empty_like.default": 0,
+    "aten.new_ones.default": 1, "aten.new_zeros.default": 0, "aten.new_full.default": (2,), "aten.new_empty.default": 0,
+    "aten.fill.Scalar": (1,), "aten.fill.Tensor": (1,),
+}  # fmt: skip
+_PADDED = ("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding")
 
 
 def normalize(program: Program) -> Program:
@@ -52,6 +64,10 @@ def normalize(program: Program) -> Program:
         same = _identity(node, types)
         if same is not None:
             known[node.name] = same
+            continue
+        node = _filled(node)
+        if node.target in _PADDED and isinstance(node.args[4], str):
+            nodes += _explicit_padding(node, types)
             continue
         if node.target == "aten.getitem.int" and node.args[0].name in multi:
             node = _single(multi[node.args[0].name], node)
@@ -78,9 +94,44 @@ def _identity(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]])
     shape, dtype = types[first.name]
     if node.target in _IDENTITIES:
         return first
-    if node.target in _CASTS or node.target in _SHAPE_ONLY:
-        return first if (shape, dtype) == (node.shape, node.dtype) else None
-    return None
+    neutral = _NEUTRAL.get(node.target)
+    if neutral is not None:
+        if isinstance(node.args[1], Ref | bool) or node.args[1] != neutral or any(node.kwargs.values()):
+            return None
+    elif node.target not in _CASTS and node.target not in _SHAPE_ONLY:
+        return None
+    return first if (shape, dtype) == (node.shape, node.dtype) else None
+
+
+def _filled(node: Node) -> Node:
+    """Calls that read only the shape of their argument say so: their value is public whatever the argument is."""
+    if node.target in _FILLS:
+        value = _FILLS[node.target]
+        value = node.args[value[0]] if isinstance(value, tuple) else value
+        if not isinstance(value, Ref):
+            return replace(node, target="aten.full.default", args=(node.shape, value), kwargs={"dtype": node.dtype})
+        return replace(node, target="aten.expand.default", args=(value, node.shape), kwargs={})
+    return node
+
+
+def _explicit_padding(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> list[Node]:
+    """conv(..., padding="same" or "valid") with numbers; what is not symmetric is padded before."""
+    x, weight, bias, stride, padding, dilation, groups = (*node.args, *(1,) * (7 - len(node.args)))
+    kernel = types[weight.name][0][2:]
+    spread = [0] * len(kernel)
+    if padding == "same":
+        steps = (dilation,) * len(kernel) if isinstance(dilation, int) else tuple(dilation) * (len(kernel) // len(dilation))
+        spread = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
+    target = node.target.replace(".padding", ".default")
+    before: list[Node] = []
+    pads = tuple(total // 2 for total in spread)
+    if any(total % 2 for total in spread):
+        edges = tuple(e for total in reversed(spread) for e in (total // 2, total - total // 2))
+        shape, dtype = types[x.name]
+        size = shape[: -len(spread)] + tuple(n + total for n, total in zip(shape[-len(spread) :], spread, strict=True))
+        padded = Node(f"{node.name}_padded", "aten.constant_pad_nd.default", (x, edges, 0.0), {}, node.module_path, size, dtype)
+        before, x, pads = [padded], Ref(padded.name), (0,) * len(spread)
+    return [*before, replace(node, target=target, args=(x, weight, bias, stride, pads, dilation, groups), kwargs={})]
 
 
 def without_dead_code(program: Program) -> Program:
@@ -107,7 +158,7 @@ def _canonical_cast(node: Node) -> Node:
 def _single(source: Node, item: Node) -> Node:
     """The call that gives one of a multi-result call's results directly."""
     index = item.args[1]
-    target, args = {**_SPLITS, **_FIRSTS}[source.target](source, index)
+    target, args = (_SPLITS.get(source.target) or _FIRSTS[source.target])(source, index)
     if target is None:
         return item
     return replace(item, target=target, args=args, module_path=source.module_path)

@@ -106,7 +106,11 @@ class Program:
     @cached_property
     def types(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every value."""
-        return {v.name: (v.shape, v.dtype) for v in (*self.inputs, *self.nodes)}
+        return {v.name: (v.shape, v.dtype) for v in self._values()}
+
+    def _values(self) -> Iterator[Input | Node]:
+        yield from self.inputs
+        yield from self.nodes
 
     @property
     def user_inputs(self) -> tuple[Input, ...]:
@@ -137,6 +141,15 @@ class Program:
         Raises:
             JobError: one sentence on the argument that does not fit.
         """
+        found = self.matched(args, kwargs)
+        return {i.name: _checked(i, found[i.name]) for i in self.user_inputs}
+
+    def matched(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The arguments of a call by input name, as they are: structure checked, values not.
+
+        Raises:
+            JobError: one sentence on the argument that is missing, unknown or given twice.
+        """
         given = dict(zip(self.positional, args, strict=False))
         if len(args) > len(self.positional):
             raise JobError(f"{self.title} takes at most {len(self.positional)} positional arguments; {len(args)} were given")
@@ -156,7 +169,7 @@ class Program:
                     f"the argument {key} was not part of the capture (captured: {', '.join(self.arguments)}); "
                     "capture the module again with it"
                 )
-        return {i.name: _checked(i, found[i.name]) for i in self.user_inputs}
+        return found
 
     def assemble(self, values: Mapping[str, Any]) -> Any:
         """The module's result structure from the values by name."""
@@ -240,7 +253,7 @@ class Program:
         """
         problems: list[str] = []
         known: set[str] = set()
-        for value in (*self.inputs, *self.nodes):
+        for value in self._values():
             if isinstance(value, Node):
                 problems += [f"{value.name} uses {r} before it exists" for r in value.refs() if r not in known]
                 if value.target.split(".")[0] not in ("aten", "sfumato") or value.target.count(".") > 2:
@@ -294,7 +307,8 @@ def _decode(data: Any) -> Arg:
         return tuple(_decode(d) for d in data)
     if isinstance(data, dict):
         (kind, value), = data.items()  # fmt: skip
-        return {"ref": Ref, "dtype": _dtype, "float": float}[kind](value)
+        readers: dict[str, Callable[[Any], Any]] = {"ref": Ref, "dtype": _dtype, "float": float}
+        return readers[kind](value)
     return data
 
 

@@ -163,6 +163,47 @@ def _folded(r: Rewriter, node: Node, x: Ref, scale: Node, shift: Node) -> list[N
     return [rows, offset, replace(before, name=node.name, args=args)]
 
 
+def _resampled(r: Rewriter, node: Node) -> list[Node] | None:
+    """Average pools and linear up-sampling of (N, C, ...): means of equal blocks, or a product with a constant matrix."""
+    x = node.args[0]
+    axes = len(node.shape) - 2
+    if not r.is_hidden(x.name) or axes < 1:
+        return None
+    shape = r.shape(x)
+    lead, size, out = shape[:2], shape[2:], node.shape[2:]
+    block = tuple(n // m for n, m in zip(size, out, strict=True))
+    if _is_block_mean(node, size, out, block):
+        split = lead + tuple(d for m, b in zip(out, block, strict=True) for d in (m, b))
+        blocks = _made(node, "blocks", "aten.reshape.default", (x, split), split)
+        inner = tuple(3 + 2 * a for a in range(axes))
+        return [blocks, _final(node, "aten.mean.dim", (Ref(blocks.name), inner))]
+    inputs, outputs = math.prod(size), math.prod(out)
+    matrix = _made(node, "matrix", "sfumato.resample_matrix", (node.target, size, node.args[1:]), (inputs, outputs))
+    flat = _made(node, "flat", "aten.reshape.default", (x, (*lead, inputs)), (*lead, inputs))
+    product = _made(node, "product", "aten.matmul.default", (Ref(flat.name), Ref(matrix.name)), (*lead, outputs))
+    return [matrix, flat, product, _final(node, "aten.reshape.default", (Ref(product.name), node.shape))]
+
+
+def _is_block_mean(node: Node, size: tuple[int, ...], out: tuple[int, ...], block: tuple[int, ...]) -> bool:
+    if any(n != m * b for n, m, b in zip(size, out, block, strict=True)):
+        return False
+    if "adaptive_avg" in node.target:
+        return True
+    if "avg_pool" not in node.target:
+        return False
+    kernel, stride, padding = (*node.args[1:4], *((), 0)[len(node.args) - 2 :])[:3]
+    return _spread(kernel, block) and (not stride or _spread(stride, block)) and not any(_numbers(padding))
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def _spread(value: Any, block: tuple[int, ...]) -> bool:
+    given = _numbers(value)
+    return (given * len(block) if len(given) == 1 else given) == block
+
+
 def _masked(r: Rewriter, node: Node) -> list[Node] | None:
     """A client's boolean condition reaches the protocol as 0/1."""
     position = 0 if node.target.startswith("aten.where") else 1
@@ -182,6 +223,11 @@ FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.batch_norm.default": _batch_norm,
+    **{f"aten.{name}": _resampled for name in (
+        "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "adaptive_avg_pool3d.default", "avg_pool1d.default",
+        "avg_pool2d.default", "_adaptive_avg_pool2d.default", "upsample_bilinear2d.vec", "upsample_bilinear2d.default",
+        "upsample_linear1d.vec", "upsample_bicubic2d.vec",
+    )},
     "aten.where.self": _masked,
     "aten.where.ScalarSelf": _masked,
     "aten.where.ScalarOther": _masked,

@@ -64,8 +64,12 @@ def _children(tree: Tree) -> list[Tree]:
     for kind in ("list", "tuple"):
         if kind in tree:
             return list(tree[kind])
-    pairs = tree.get("dict", tree.get("fields", []))
-    return [child for _, child in pairs]
+    return [child for _, child in _pairs(tree)]
+
+
+def _pairs(tree: Tree) -> list[Any]:
+    found: list[Any] = tree["dict"] if "dict" in tree else tree.get("fields", [])
+    return found
 
 
 def rebuild(tree: Tree, leaf: Callable[[str], Any]) -> Any:
@@ -123,7 +127,7 @@ def match(tree: Tree, value: Any, where: str, found: dict[str, Any]) -> None:
             match(child, value[i], f"{where}[{i}]", found)
         return
     given = dict(_items(value)) if not _is_leaf(value) else {}
-    pairs = tree.get("dict", tree.get("fields", []))
+    pairs = _pairs(tree)
     if set(given) != {key for key, _ in pairs}:
         raise JobError(f"the argument {where} must have the keys {', '.join(str(k) for k, _ in pairs)}, as it was captured")
     for key, child in pairs:

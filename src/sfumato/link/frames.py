@@ -21,6 +21,7 @@ __all__ = [
     "Kind",
     "abort_payload",
     "check_frame",
+    "PACKED",
     "dtype_code",
     "dtype_name",
     "pack_header",
@@ -62,7 +63,10 @@ _DTYPES: dict[int, tuple[str, int]] = {
     9: ("bfloat16", 2),
 }
 DTYPE_CODES: dict[str, int] = {name: code for code, (name, _) in _DTYPES.items()}
+#: Codes above this one: densely packed fields of (code - PACKED) bits, 1 to 64, as protocols send them.
+PACKED = 64
 _ITEM_BYTES: dict[int, int] = {code: size for code, (_, size) in _DTYPES.items()}
+_ITEM_BYTES |= {PACKED + bits: 1 for bits in range(1, 65)}
 
 
 class Header(NamedTuple):
@@ -106,7 +110,7 @@ def check_frame(dtype: int, tag: bytes, clock: int, length: int, max_bytes: int)
             f"a message of {length} bytes is over the bound of {max_bytes}; tile it or raise max_frame_bytes"
         )
     if length % _ITEM_BYTES[dtype]:
-        raise LinkError(f"{length} bytes are no whole number of {_DTYPES[dtype][0]} items")
+        raise LinkError(f"{length} bytes are no whole number of {_ITEM_BYTES[dtype]}-byte items")
 
 
 def pack_header(kind: int, dtype: int, tag: bytes, clock: int, length: int) -> bytes:
@@ -133,7 +137,7 @@ def parse_header(buffer: bytes | bytearray | memoryview, max_bytes: int, offset:
     if length > bound:
         raise LinkError(f"sent a frame of {length} bytes, over the bound of {bound}")
     if length % item:
-        raise LinkError(f"sent a frame of {length} bytes, no whole number of {_DTYPES[dtype][0]} items")
+        raise LinkError(f"sent a frame of {length} bytes, no whole number of {_ITEM_BYTES[dtype]}-byte items")
     return Header(kind, dtype, tag, clock, length)
 
 

@@ -12,7 +12,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def dial(
     hello: dict[str, Any],
     timeout_s: float,
     fingerprint: str | None = None,
+    give_up: Callable[[], bool] | None = None,
 ) -> tuple[ssl.SSLSocket, dict[str, Any]]:
     """Connect to ``address``, check that it is ``identity``, send ``hello``; (socket, its welcome).
 
@@ -136,7 +137,7 @@ def dial(
         sock.do_handshake()
         _check_peer(sock, identity, fingerprint)
         _send(sock, Kind.HELLO, json.dumps(hello).encode(), deadline)
-        kind, payload = _read(sock, deadline)
+        kind, payload = _read(sock, deadline, give_up)
         if kind == Kind.ABORT:
             reason, error_kind, origin = parse_abort(payload)
             raise PeerAbort(f"{where} refused: {reason}", reason=reason, kind=error_kind, origin=origin)
@@ -223,7 +224,8 @@ def refuse(
 
 
 def _tune(raw: socket.socket) -> None:
-    """No delay for small frames, and a vanished host is noticed within half a minute also when nobody sends."""
+    """No delay for small frames, and a vanished host is noticed within half a minute also when nobody
+    sends."""
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
@@ -267,16 +269,28 @@ def _send(sock: ssl.SSLSocket, kind: int, payload: bytes, deadline: float) -> No
     sock.sendall(pack_header(kind, 0, _NO_TAG, 0, len(payload)) + payload)
 
 
-def _read(sock: ssl.SSLSocket, deadline: float) -> tuple[int, bytes]:
-    header = parse_header(_read_exactly(sock, HEADER_BYTES, deadline), 65536)
-    return header.kind, _read_exactly(sock, header.length, deadline)
+def _read(
+    sock: ssl.SSLSocket, deadline: float, give_up: Callable[[], bool] | None = None
+) -> tuple[int, bytes]:
+    header = parse_header(_read_exactly(sock, HEADER_BYTES, deadline, give_up), 65536)
+    return header.kind, _read_exactly(sock, header.length, deadline, give_up)
 
 
-def _read_exactly(sock: ssl.SSLSocket, count: int, deadline: float) -> bytes:
+def _read_exactly(
+    sock: ssl.SSLSocket, count: int, deadline: float, give_up: Callable[[], bool] | None
+) -> bytes:
     data = bytearray()
     while len(data) < count:
-        sock.settimeout(max(0.01, deadline - time.monotonic()))
-        part = sock.recv(count - len(data))
+        left_s = deadline - time.monotonic()
+        sock.settimeout(max(0.01, left_s if give_up is None else min(0.1, left_s)))
+        try:
+            part = sock.recv(count - len(data))
+        except TimeoutError:
+            if give_up is None or left_s <= 0.1:
+                raise
+            if give_up():
+                raise LinkError("was left, as the session ended meanwhile") from None
+            continue
         if not part:
             raise LinkError("closed the connection during the handshake")
         data += part
@@ -305,7 +319,9 @@ def _explain(error: BaseException, where: str, timeout_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"{where} did not complete the handshake within {timeout_s:g} s"
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"{where} shows a certificate that this cluster's authority does not vouch for ({_tls_reason(error)})"
+        return (
+            f"{where} shows a certificate the cluster's authority does not vouch for ({_tls_reason(error)})"
+        )
     if isinstance(error, ssl.SSLError) and error.reason and "ALERT" in error.reason:
         return f"{where} refused our certificate ({_tls_reason(error)})"
     if isinstance(error, (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError)):

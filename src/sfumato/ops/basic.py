@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
-from sfumato.ops.tiles import DEFAULT_TILES, Tiles, concatenate, elementwise, in_thirds, narrow, narrow_tensor, thirds
+from sfumato.ops.tiles import (
+    DEFAULT_TILES,
+    Tiles,
+    concatenate,
+    elementwise,
+    in_thirds,
+    narrow,
+    narrow_tensor,
+    thirds,
+)
 from sfumato.protocol.base import Protocol
 from sfumato.ring import kernels
 from sfumato.ring.fixed import encode
@@ -67,7 +76,9 @@ def neg(p: Protocol, x: Shared) -> Shared:
     return p.linear(torch.neg, x)
 
 
-async def scale(p: Protocol, s: Session, x: Shared, c: Tensor | float | int, *, gain_frac: int | None = None) -> Shared:
+async def scale(
+    p: Protocol, s: Session, x: Shared, c: Tensor | float | int, *, gain_frac: int | None = None
+) -> Shared:
     """x * c for public reals c, with broadcasting. Python whole numbers cost nothing; else one truncation.
 
     Error: one ulp plus |x| 2^-(gain_frac + 1). Cost: 2 rounds, 2k + gain_frac + 2 bits.
@@ -257,7 +268,10 @@ async def _public_product(
         z = await step(s, x, *extra)
     else:
         pieces = [
-            [narrow(p, x, len(x.shape) + axis, low, high), *(narrow(p, c, len(shape) + axis, low, high) for c in extra)]
+            [
+                narrow(p, x, len(x.shape) + axis, low, high),
+                *(narrow(p, c, len(shape) + axis, low, high) for c in extra),
+            ]
             for low, high in thirds(shape[axis])
         ]
         z = concatenate(p, await in_thirds(s, step, pieces), axis)
@@ -277,8 +291,12 @@ async def linear(
     """x @ w^T + bias (+ plus) with one truncation. x (..., K), w (O, K), bias (O,) -> (..., O)."""
     lead = x.shape[:-1]
     rows = p.linear(lambda part: part.reshape(-1, part.shape[-1]), x)
-    turned = p.linear(lambda part: part.transpose(-1, -2), w) if isinstance(w, Shared) else w.transpose(-1, -2)
-    addend: Value | None = plus if plus is None else p.linear(lambda part: part.reshape(-1, part.shape[-1]), plus)
+    turned = (
+        p.linear(lambda part: part.transpose(-1, -2), w) if isinstance(w, Shared) else w.transpose(-1, -2)
+    )
+    addend: Value | None = (
+        plus if plus is None else p.linear(lambda part: part.reshape(-1, part.shape[-1]), plus)
+    )
     public_bias = None
     if isinstance(bias, Shared):
         addend = bias if addend is None else add(p, s, addend, bias)
@@ -333,7 +351,9 @@ async def conv(
     addend = plus
     if bias is not None:
         if isinstance(bias, Shared):
-            column = p.linear(lambda part: part.reshape(1, -1, *([1] * (len(shape) - 2))).broadcast_to(shape), bias)
+            column = p.linear(
+                lambda part: part.reshape(1, -1, *([1] * (len(shape) - 2))).broadcast_to(shape), bias
+            )
             addend = column if addend is None else add(p, s, addend, column)
         else:
             public_bias = bias.reshape(1, -1, *([1] * (len(shape) - 2)))

@@ -26,6 +26,8 @@ _SINE_NOISE = 2.0**-22
 _FIT_POINTS = 400
 _CHECK_POINTS = 3001
 _CENTRE_FRAC = 8
+#: A series takes smaller coefficients only.
+_LARGEST = 8.0
 
 
 def series_noise(series: Series) -> float:
@@ -141,6 +143,8 @@ class _Problem:
         best: tuple[Series | None, float] = (None, math.inf)
         for round_ in range(9):
             c = _least_squares(basis, rest, emphasis).tolist()
+            if max(abs(v) for v in c[1:]) >= _LARGEST:
+                break
             series = Series(
                 self.lo, self.hi, self.centre, period_log2, c[0], linear, square,
                 tuple(c[1 : harmonics + 1]), tuple(c[harmonics + 1 :]), 0.0,

@@ -59,9 +59,7 @@ async def elementwise(
     done: list[Shared] = []
     for g, (low, high) in enumerate(_bounds(count, groups)):
         session = s.fork(f"tiles{g}") if groups > 1 else s
-        pieces = [
-            [_cut(p, x, low + a, low + b) for x in flat] for a, b in _bounds(high - low, 3)
-        ]
+        pieces = [[_cut(p, x, low + a, low + b) for x in flat] for a, b in _bounds(high - low, 3)]
         done += await in_thirds(session, step, pieces)
     whole = concatenate(p, done, 0)
     return p.linear(lambda part: part.reshape(shape), whole)

@@ -27,9 +27,10 @@ Bilinear = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The bits a comparison looks at: ``bits`` of them above ``shift``; right for words in [-2^(shift+bits-1), 2^(shift+bits-1)).
+    """The bits a comparison looks at: ``bits`` of them above ``shift``.
 
-    Values within 2^shift below zero or above it may be judged either way: the window's error band of one unit.
+    Right for words in [-2^(shift+bits-1) + 2^shift, 2^(shift+bits-1)) (without the + 2^shift if shift is 0), except that
+    a word in [0, 2^shift) may count as negative: the window's error band of one unit, above zero only.
     """
 
     shift: int
@@ -38,6 +39,11 @@ class Window:
     def __post_init__(self) -> None:
         if not (0 <= self.shift and 2 <= self.bits and self.shift + self.bits <= 64):
             raise ValueError(f"no comparison window of {self.bits} bits above bit {self.shift}")
+
+    def check(self, ring: Ring) -> None:
+        """Raise ``TypeMismatch`` unless the window lies inside the ring's words."""
+        if ring.kind != "Z" or self.shift + self.bits > ring.bits:
+            raise TypeMismatch(f"a window of {self.bits} bits above bit {self.shift} does not lie inside {ring}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,10 @@ class Series:
     sin: tuple[float, ...]
     error: float
 
+    def __post_init__(self) -> None:
+        if len(self.cos) != len(self.sin) or any(abs(c) >= 8.0 for c in (*self.cos, *self.sin)):
+            raise ValueError("a series needs as many sines as cosines, each coefficient below 8")
+
     #: Fraction bits of ``linear`` and ``quadratic``.
     POLY_FRAC: ClassVar[int] = 16
 
@@ -75,8 +85,8 @@ class Series:
 class Protocol(ABC):
     """Seven moves and what follows from them.
 
-    ``fused=False`` keeps every composed operation on the plain moves (no fused truncation, no one-opening
-    evaluation): slower, and the base for malicious security.
+    ``fused=False`` keeps products, linear maps and their truncations on the plain moves: slower, and the base for
+    malicious security. :meth:`evaluate` is one move either way.
     """
 
     name: ClassVar[str]
@@ -116,7 +126,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
-        """Each component of x as a sharing of its own in another ring (words reduced or zero-extended). Local."""
+        """Each component of x as a sharing of its own in another ring (words reduced or sign-extended). Local."""
 
     # ---- written on top, overridable ----------------------------------------------------------------------------
 

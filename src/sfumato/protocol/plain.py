@@ -11,6 +11,7 @@ from torch import Tensor
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.protocol.base import Bilinear, Protocol, Series, Window, plane_bytes
 from sfumato.protocol.rep3_bits import from_plane, to_planes
+from sfumato.protocol.rep3_evaluate import check_domain, series_scale
 from sfumato.ring.fixed import decode
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
@@ -22,7 +23,7 @@ _KEY = b"sfumato plain rounding".ljust(32, b"\0")
 
 
 class Plain(Protocol):
-    """One party, real words, stochastic rounding as in ``rep3``: quotient + Bernoulli(fraction). Asserts headroom."""
+    """One party, real words, stochastic rounding as in ``rep3``: floor, or ceiling with probability equal to the fraction."""
 
     name = "plain"
     parties = 1
@@ -49,27 +50,32 @@ class Plain(Protocol):
         return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
-        """Domain: |word| < 2^(k-2). Error: |e| < 1 ulp, mean 0, the distribution of rep3's ``close``.
+        """Domain: |word| < 2^(k-2), asserted. Error: |e| < 1 ulp, mean 0, the distribution of rep3's ``close``.
 
         Raises:
             RangeError: a word left the range in which truncation is right; names the path.
         """
         words, ring = x.parts[0], ring or x.ring
+        if x.ring.kind != "Z" or ring.kind != "Z" or ring.bits < x.ring.bits:
+            raise TypeMismatch(f"a truncation cannot take {x.ring} to {ring}; cast afterwards")
+        if not 0 <= bits < x.ring.bits:
+            raise TypeMismatch(f"a truncation of {x.ring} drops 0 to {x.ring.bits - 1} bits, not {bits}")
         type = Secret(ring, x.frac - bits, x.shape)
         if words.device.type == "meta":
             return Shared(type, (torch.empty(x.shape, dtype=ring.dtype, device="meta"),))
         limit = 1 << (x.ring.bits - 2)
-        if words.numel() and not (int(words.max()) < limit and int(words.min()) >= -limit):
+        if words.numel() and not (int(words.max()) < limit and int(words.min()) > -limit):
             raise RangeError(
                 f"a value before truncation at {s.path} needs more than {x.ring.bits - 2} bits; "
                 "use fewer fraction bits, a wider ring, or calibrate on inputs like this one"
             )
         if bits:
             noise = stream_words(_KEY, f"{s.path}|round", x.ring, x.shape) & ((1 << bits) - 1)
-            words = (words + noise + 1) >> bits
+            words = (words + noise) >> bits
         return Shared(type, (words.to(ring.dtype),))
 
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
+        window.check(x.ring)
         words = x.parts[0] >> window.shift
         plane = to_planes(words >> (window.bits - 1), 1)[0]
         return Shared(Secret(B8, 0, (plane_bytes(x.type.numel),)), (plane,))
@@ -78,13 +84,22 @@ class Plain(Protocol):
         return Shared(Secret(ring, 0, shape), (from_plane(plane.parts[0], shape, ring.dtype),))
 
     async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """The series in float64 on the decoded value, rounded once as the closing truncation does."""
-        if x.ring.kind != "Z":
-            raise TypeMismatch(f"evaluate works on Z rings, not on {x.ring}")
-        frac = x.frac if frac is None else frac
+        """The series in float64 on the decoded value, rounded once as the closing truncation does, with its headroom.
+
+        Raises:
+            RangeError: a result leaves the range in which rep3's closing truncation is right; names the path.
+        """
+        check_domain(series, x.type)
+        frac, scale = x.frac if frac is None else frac, series_scale(x.frac)
         words = x.parts[0]
         if words.device.type == "meta":
             return Shared(Secret(x.ring, frac, x.shape), (words,))
-        exact = series(decode(words, x.frac))
-        fine = Shared(Secret(x.ring, frac + 20, x.shape), ((exact * 2.0 ** (frac + 20)).round().to(x.ring.dtype),))
-        return await self.truncate(s, fine, 20)
+        exact = series(decode(words, x.frac)) * 2.0**scale
+        limit = 2.0 ** (x.ring.bits - 2)
+        if exact.numel() and not bool((exact.abs() < limit).all()):
+            raise RangeError(
+                f"a function's value at {s.path} needs more than {x.ring.bits - 2 - scale} bits before the point; "
+                "use fewer fraction bits, or calibrate on inputs like this one"
+            )
+        fine = Shared(Secret(x.ring, scale, x.shape), (exact.round().to(x.ring.dtype),))
+        return await self.truncate(s, fine, scale - frac)

@@ -33,7 +33,7 @@ class Rep3(Protocol):
     # ---- in and out ---------------------------------------------------------------------------------------------
 
     async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
-        """Cost: 1 round, k bits. Leaks: nothing; the one message is x minus a stream its receiver does not know.
+        """Cost: 1 round, k bits. Exact. Leaks: nothing; the one message is x minus a stream its receiver does not know.
 
         The owner's two components are c_owner (stream with the party before it) and the rest; component owner+2 is 0.
         """
@@ -53,7 +53,10 @@ class Rep3(Protocol):
         return Shared(type, (mask, rest))
 
     async def reveal(self, s: Session, x: Shared, to: tuple[int, ...]) -> Tensor | None:
-        """Cost: 1 round, k bits per receiving party. Leaks: the value, to the parties in ``to`` alone."""
+        """Cost: 1 round, k bits per receiving party. Exact. Leaks: the value, to the parties in ``to`` alone.
+
+        The message is the receiver's missing component: a function of the value and what it holds already.
+        """
         bits, dtype = x.ring.bits, x.ring.dtype
         before, after = (s.party - 1) % 3, (s.party + 1) % 3
         # Party i lacks component i+2, which party i+2 holds first and party i+1 holds second.
@@ -67,7 +70,7 @@ class Rep3(Protocol):
     # ---- local --------------------------------------------------------------------------------------------------
 
     def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
-        """Component 0 takes the constant: parties 0 (first part) and 2 (second part) hold it."""
+        """Component 0 takes the constant: parties 0 (first part) and 2 (second part) hold it. Local, exact."""
         first, second = x.parts
         if s.party == 0:
             first = _plus(x.ring, first, c)
@@ -79,7 +82,7 @@ class Rep3(Protocol):
         return Shared(Secret(x.ring, x.frac, tuple(shape)), (first, second))
 
     def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
-        """Component j becomes a sharing whose only non-zero component is j. Local."""
+        """Component j becomes a sharing whose only non-zero component is j. Local. Leaks: nothing."""
         type = Secret(ring, x.frac if ring.kind == x.ring.kind else 0, x.shape)
         zero = torch.zeros(x.shape, dtype=ring.dtype, device=x.parts[0].device)
         first, second = (part.to(ring.dtype) for part in x.parts)
@@ -91,7 +94,7 @@ class Rep3(Protocol):
     async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
         """Cost: 1 round, 3k bits. Leaks: nothing; each message carries a zero share its receiver lacks half of.
 
-        Source: Araki et al. 2016, with the product of sums folded into two local products a party.
+        Exact. Source: [AFL16], with the product of sums folded into two local products a party.
         """
         ring = self._same_ring(x, y)
         (a, b), (c, d) = x.parts, y.parts
@@ -110,10 +113,14 @@ class Rep3(Protocol):
     async def bilinear_truncate(
         self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
     ) -> Shared:
-        """Cost: 3 rounds, 3k + f + 2 bits, five local products in all. Error: one ulp, unbiased. Leaks: nothing."""
+        """Cost: 3 rounds, 3k + f + 2 bits, five local products in all. Leaks: nothing.
+
+        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x, y) + plus| < 2^(k-2) in words. Source: [GeoTrunc25],
+        [AFL16]; docs/security/rep3.md, "bilinear_truncate".
+        """
         if not self.fused:
             return await super().bilinear_truncate(s, f, x, y, bits, plus=plus)
-        ring = self._same_ring(x, y)
+        ring = self._same_ring(x, y) if plus is None else self._same_ring(x, y, plus)
         u = await open_product(s, f, x, y, plus)
         return await close(s, u, bits, ring, x.frac + y.frac - bits)
 
@@ -128,29 +135,42 @@ class Rep3(Protocol):
         plus: Shared | None = None,
         gain_frac: int = 0,
     ) -> Shared:
-        """Cost: 2 rounds, 2k + f + 2 bits, two local maps in all. Error: one ulp, unbiased. Leaks: nothing."""
+        """Cost: 2 rounds, 2k + f + 2 bits, two local maps in all. Leaks: nothing.
+
+        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x) + plus| < 2^(k-2) in words. Source: [GeoTrunc25];
+        docs/security/rep3.md, "truncate".
+        """
         if not self.fused:
             return await super().linear_truncate(s, f, x, bits, shape=shape, plus=plus, gain_frac=gain_frac)
         u = Additive.fold(s, f, x, shape)
         if plus is not None:
+            self._same_ring(x, plus)
             u = u.plus(s, plus)
         return await close(s, u, bits, x.ring, x.frac + gain_frac - bits)
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
-        """Cost: 2 rounds, 2k + (k - k_in) + f + 2 bits. Error: one ulp, unbiased. Leaks: nothing."""
+        """Cost: 2 rounds, 2k + (k - k_in) + f + 2 bits, k of the result's ring. Leaks: nothing.
+
+        Error: floor or ceiling, |e| < 1 ulp, mean 0; bits = 0 is exact. Range: |word| < 2^(k_in - 2). Source:
+        [GeoTrunc25]; docs/security/rep3.md, "truncate".
+        """
         return await close(s, Additive.fold(s, _identity, x, x.shape), bits, x.ring, x.frac - bits, ring)
 
     # ---- bits ---------------------------------------------------------------------------------------------------
 
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
+        """Cost: 2 + ceil(log2(m - 1)) rounds, about 8m bits; see :func:`less_bits`. Leaks: nothing."""
         return await less_bits(s, x, window)
 
     async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
+        """Cost: 2 rounds, 3k + 2 bits. Exact. Leaks: nothing."""
         return await bits_to_words(s, plane, ring, shape)
 
     # ---- one opening --------------------------------------------------------------------------------------------
 
     async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
+        """One opening, 3 rounds; see :mod:`sfumato.protocol.rep3_evaluate`. The same with ``fused=False``: it has no
+        form on the plain moves yet, and a caller who wants none of it composes polynomials instead."""
         return await evaluate(self, s, series, x, x.frac if frac is None else frac)
 
     # ---- at the client ------------------------------------------------------------------------------------------

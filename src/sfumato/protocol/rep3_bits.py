@@ -45,6 +45,7 @@ async def _operands(s: Session, x: Shared, window: Window) -> tuple[Shared, Shar
 
     Role 0 hides its planes under a stream with role 2; u1 is known to roles 1 and 2, so sharing it is free.
     """
+    window.check(x.ring)
     m, size = window.bits, plane_bytes(x.type.numel)
     type = Secret(B8, 0, (m, size))
     zero = torch.zeros(type.shape, dtype=torch.uint8, device=s.device)
@@ -115,7 +116,7 @@ async def less_bits(s: Session, x: Shared, window: Window) -> Shared:
     """The top bit of the window of x = u0 + u1 as a plane, by a carry tree.
 
     Cost for m bits: 2 + ceil(log2(m - 1)) rounds, about 8m bits (118 at m = 16). Error: values in [0, 2^shift)
-    may count as negative. Source: digest secure-transformers 9 L3.
+    may count as negative; exact if shift is 0. Leaks: nothing. Source: [ABY3] for the operands, [SPU] for the tree.
     """
     u, v = await _operands(s.fork("operands"), x, window)
     low = slice(0, window.bits - 1)

@@ -27,21 +27,29 @@ class Additive:
 
     @staticmethod
     def fold(s: Session, f: Linear, x: Shared, shape: tuple[int, ...]) -> Additive:
-        """f(x) as u0 = f(x0 + x1) at role 0, u1 = f(x2) at role 1: two local maps in all, none at role 2."""
+        """f(x) as u0 = f(x0 + x1) + z at role 0, u1 = f(x2) - z at role 1: two local maps in all, none at role 2.
+
+        z comes from the stream of roles 0 and 1. It hides nothing; it makes the rounding error of the closing
+        truncation independent of how x is shared (a fresh input or a constant has a component of zeros).
+        """
         if s.role == 2:
             return Additive(None, shape)
         first, second = x.parts
         words = f(first + second) if s.role == 0 else f(second)
         if tuple(words.shape) != shape:
             raise TypeMismatch(f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared")
-        return Additive(words, shape)
+        z = s.prg("split", (0, 1), x.ring, shape)
+        return Additive(words + z if s.role == 0 else words - z, shape)
 
     def plus(self, s: Session, x: Shared) -> Additive:
         """Add a replicated value of the same scale (broadcast into this shape)."""
         if self.words is None:
             return self
         first, second = x.parts
-        return Additive(self.words + (first + second if s.role == 0 else second), self.shape)
+        words = self.words + (first + second if s.role == 0 else second)
+        if tuple(words.shape) != self.shape or words.dtype != self.words.dtype:
+            raise TypeMismatch(f"{x.type} cannot be added to a result of shape {list(self.shape)} in another ring or shape")
+        return Additive(words, self.shape)
 
 
 async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shared | None) -> Additive:
@@ -74,16 +82,27 @@ def _added(s: Session, u: Additive, plus: Shared | None) -> Additive:
 
 
 async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, ring: Ring | None = None) -> Shared:
-    """(u0 + u1) >> bits as replicated shares in ``ring``.
+    """(u0 + u1) / 2^bits as replicated shares in ``ring``.
 
     The ring's wrap w of u0 + u1 is p - a*b for bits a, p known to role 0 and b to role 1, if |value| < 2^(k-2);
-    a*b is one private product of two bits with role 2's help. Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits,
-    k' = bits of ``ring``. Error: |e| < 1 ulp, mean 0. Source: papers [GeoTrunc25], digest 9 L1; own sign form.
+    a*b is one private product of two bits with role 2's help. Role 0 rounds up, role 1 rounds down.
+
+    Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits, k' = bits of ``ring``; 2k' and 1 round if nothing is dropped.
+    Error: floor or ceiling of the exact quotient; the ceiling with probability equal to the fraction when u1 is
+    uniform, so |e| < 1 ulp, mean 0, and a quotient without remainder is exact. Cannot fail in its range.
+    Leaks: nothing; every message hides under a stream of its sender with a party that is not its receiver.
+    Source: [GeoTrunc25] for the two-party wrap, [AFL16] for the sharing; the sign form p - a*b and the two-bit
+    product are our own (docs/design/003).
+
+    Raises:
+        TypeMismatch: a boolean ring, a narrower result, or ``bits`` outside [0, k).
     """
     ring = ring or source
     k, out = source.bits, ring.bits
-    if out < k:
-        raise TypeMismatch(f"a truncation cannot narrow {source} to {ring}; cast afterwards")
+    if source.kind != "Z" or ring.kind != "Z" or out < k:
+        raise TypeMismatch(f"a truncation cannot take {source} to {ring}; cast afterwards")
+    if not 0 <= bits < k:
+        raise TypeMismatch(f"a truncation of {source} drops 0 to {k - 1} bits, not {bits}")
     shape = u.shape
     if bits == 0 and out == k:
         return await reshare(s, u.words, shape, ring, frac)
@@ -101,6 +120,8 @@ async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, rin
     if role == 0:
         ra = s.prg("ra", (0, 2), B8, shape) & 1
         dealt = s.prg("ab", (0, 2), ring, shape)
+        # ceil(u / 2^f) = floor((u - 1) / 2^f) + 1, with the 1 taken off before the wrap is judged.
+        words = words - 1 if bits else words
         top = words >> (k - 2)
         p = top == 1
         a = (p | (top == -2)).to(torch.uint8)
@@ -109,7 +130,7 @@ async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, rin
             [Send(s.at(1), "a", own, 1)], [Receive(s.at(1), "b", shape, torch.uint8, 1)]
         )
         sign = (1 - ((own ^ other) << 1).to(torch.int8)).to(ring.dtype)
-        # w0 = p - (ab)_0, and one unit that centres the error of two floors.
+        # w0 = p - (ab)_0.
         wrap = p.to(ring.dtype) - (a & other).to(ring.dtype) - sign * dealt
         y = (words >> bits).to(ring.dtype) - (wrap << (k - bits))
         if bits:

@@ -43,6 +43,9 @@ def _convolve(
     x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
+    if x.dtype == torch.int32 and any(d != 1 for d in dilation):
+        # torch has no dilated int32 kernel; mod 2^64 reduces to mod 2^32.
+        return _convolve(x.long(), w.long(), stride, padding, dilation, groups).int()
     return run(x, w, None, list(stride), list(padding), list(dilation), groups)
 
 

@@ -19,6 +19,7 @@ _TABLE_BITS = 11
 _BIG = 200
 
 
+@lru_cache
 def _two_pi(bits: int) -> int:
     """2*pi scaled by 2^bits, by Machin's formula in integers."""
 

@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import JobError
-from sfumato.graph.plan import Plan
+from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode, encode_scalar
 from sfumato.ring.prg import stream_words
 from sfumato.runtime import commands, weights
-from sfumato.runtime.commands import Affine, Call, Command, Drop, Load, Put, Reveal, Stats, WeightSpec, WeightsSpec
+from sfumato.runtime.commands import (
+    Affine,
+    Call,
+    Command,
+    Drop,
+    Load,
+    Put,
+    Reveal,
+    Stats,
+    WeightSpec,
+    WeightsSpec,
+)
 from sfumato.runtime.machine import PartyMachine
 from sfumato.runtime.report import CostReport, merged_rows
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
@@ -51,47 +62,47 @@ class Backend(ABC):
     def __init__(self) -> None:
         self._client_bytes = 0
         self._setup_bytes = 0
-        self._types: dict[str, tuple[Ring, int]] = {}
+        self._secret_weights: dict[str, dict[str, str]] = {}
         self._started = time.monotonic()
 
     # ---- the calls ----------------------------------------------------------------------------------------------
 
     def load(self, name: str, plan: Plan) -> None:
         """Give the parties a plan and its weights: public words to all, or shares of secret ones."""
-        public, secret = plan.public_weights(), plan.secret_weights()
-        document = plan.to_json()
-        if secret:
-            if public:
-                raise JobError("a plan's weights are public or secret as a whole")
-            items = tuple(WeightSpec(n, str(Z64), plan.frac, tuple(t.shape)) for n, t in secret.items())
-            split: list[list[Tensor]] = [[] for _ in range(self._parties)]
-            for item, tensor in zip(items, secret.values(), strict=True):
-                for mine, parts in zip(split, self._split(tensor, Z64, item.frac), strict=True):
-                    mine.extend(parts)
-            self._command(Load(name, document, WeightsSpec("shares", items)), split, setup=True)
-            return
+        values = load_side(plan)
+        public = {n: t.contiguous() for n, t in values.publics.items()}
         items = tuple(WeightSpec(n, str(Z64), 0, tuple(t.shape)) for n, t in public.items())
+        document = plan.to_json()
         folder = self._weights_folder
-        if folder is not None and sum(t.numel() * t.element_size() for t in public.values()) > _LARGE_WEIGHTS:
+        if folder is not None and _bytes(list(public.values())) > _LARGE_WEIGHTS:
             document["weights_file"] = weights.stored(folder, public)
             self._command(Load(name, document, WeightsSpec("stored", items)), setup=True)
-            return
-        attached = [list(public.values())] * self._parties
-        self._command(Load(name, document, WeightsSpec("public", items)), attached, setup=True)
+        else:
+            attached = [list(public.values())] * self._parties
+            self._command(Load(name, document, WeightsSpec("public", items)), attached, setup=True)
+        self._secret_weights[name] = {n: f"{name}:{n}" for n in values.secrets}
+        for weight, tensor in values.secrets.items():
+            type = plan.secret_type(weight)
+            self.put(self._secret_weights[name][weight], tensor, type.frac, type.ring, setup=True)
 
-    def put(self, handle: str, values: Tensor, frac: int = 18, ring: Ring = Z64) -> None:
+    def put(
+        self, handle: str, values: Tensor, frac: int = 18, ring: Ring = Z64, *, setup: bool = False
+    ) -> None:
         """Share the client's reals: each party gets two of three components, seeds instead of words where possible."""
-        self._types[handle] = (ring, frac)
         command = Put(handle, str(ring), frac, tuple(values.shape))
-        self._command(command, self._split(values, ring, frac))
+        self._command(command, self._split(values, ring, frac), setup=setup)
 
     def call(
-        self, name: str, path: str, inputs: Mapping[str, str], publics: Mapping[str, Tensor], outputs: Sequence[str]
+        self,
+        name: str,
+        path: str,
+        inputs: Mapping[str, str],
+        publics: Mapping[str, Tensor],
+        outputs: Sequence[str],
     ) -> None:
         """Run a loaded plan once; ``path`` is new in this session. Outputs become handles."""
-        command = Call(name, path, dict(inputs), dict(publics), tuple(outputs))
-        reply = self._command(command)
-        del reply
+        held = self._secret_weights.get(name, {})
+        self._command(Call(name, path, {**held, **inputs}, dict(publics), tuple(outputs)))
 
     def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
         """Public combination of handles with one truncation (none when all coefficients are whole)."""
@@ -248,7 +259,9 @@ class Remote(Backend):
 
     _measured = True
 
-    def __init__(self, cluster: str | Path | None, keys: str | Path | None, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, cluster: str | Path | None, keys: str | Path | None, options: Mapping[str, Any]
+    ) -> None:
         from sfumato.runtime.client import RemoteSession
         from sfumato.runtime.cluster import Cluster
         from sfumato.runtime.local import LocalCluster

@@ -77,18 +77,28 @@ class RemoteSession:
             "package": package_version(),
         }
 
+        failed = threading.Event()
+
         def call(party: int) -> ssl.SSLSocket:
             member = self.cluster.parties[party]
-            return dial(
-                (member.host, member.port),
-                context,
-                name=f"party {party}",
-                identity=party_identity(party),
-                fingerprint=member.fingerprint,
-                hello=hello,
-                timeout_s=self.cluster.limits.connect_s,
-            )[0]
+            try:
+                return dial(
+                    (member.host, member.port),
+                    context,
+                    name=f"party {party}",
+                    identity=party_identity(party),
+                    fingerprint=member.fingerprint,
+                    hello=hello,
+                    timeout_s=self.cluster.limits.connect_s,
+                    give_up=failed.is_set,
+                )[0]
+            except BaseException:
+                if not failed.is_set():
+                    causes.append(party)
+                failed.set()
+                raise
 
+        causes: list[int] = []
         with ThreadPoolExecutor(3, thread_name_prefix="sfumato-dial") as pool:
             calls = [pool.submit(call, party) for party in _PARTIES]
         failures = [error for c in calls if (error := c.exception()) is not None]
@@ -96,9 +106,8 @@ class RemoteSession:
             for c in calls:
                 if c.exception() is None:
                     c.result().close()
-            if not isinstance(failures[0], SfumatoError):
-                raise failures[0]
-            raise _as_raised(_root([f for f in failures if isinstance(f, LinkError)] or [failures[0]]))
+            first = calls[causes[0]].exception() or failures[0]
+            raise _as_raised(first) if isinstance(first, SfumatoError) else first
         return {party: c.result() for party, c in zip(_PARTIES, calls, strict=True)}
 
     def send(self, command: Command, attachments: Sequence[Sequence[Tensor]] = ((), (), ())) -> list[Reply]:
@@ -188,7 +197,7 @@ def _as_raised(error: BaseException) -> SfumatoError:
     if isinstance(error, PeerAbort):
         named = getattr(errors, error.kind, None)
         kind = named if isinstance(named, type) and issubclass(named, SfumatoError) else SfumatoError
-        start = f"party {error.origin}: " if error.origin in _PARTIES else ""
-        text = error.reason if error.reason.startswith(start.strip(": ") or "\0") else start + error.reason
-        return kind(text)
+        who = f"party {error.origin}"
+        known = error.origin not in _PARTIES or who in error.reason
+        return kind(error.reason if known else f"{who}: {error.reason}")
     return error if isinstance(error, SfumatoError) else LinkError(type(error).__name__)

@@ -215,7 +215,7 @@ def init_cluster(
     for client in clients:
         if not _NAME.match(client) or re.fullmatch(r"party[0-2]", client):
             raise JobError(
-                "a client's name must be 1 to 63 letters, digits, '.', '_' or '-', and not that of a party's folder"
+                "a client's name must be 1 to 63 letters, digits, '.', '_' or '-', and not a party's folder"
             )
     if not clients or len(set(clients)) < len(clients):
         raise JobError("give at least one client, and each client once")

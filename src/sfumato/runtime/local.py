@@ -173,7 +173,8 @@ class LocalCluster:
             return RemoteSession(cluster, self.client_folder, options, reply_s=reply_s)
         except LinkError:
             for index, process in enumerate(self._processes):
-                if process.poll() is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
                     raise self._not_started(index) from None
             raise
 

@@ -61,7 +61,7 @@ class PartyMachine:
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
         self._handles: dict[str, Shared] = {}
-        self._plans: dict[str, tuple[Plan, dict[str, Tensor | Shared]]] = {}
+        self._plans: dict[str, tuple[Plan, Mapping[str, Tensor]]] = {}
 
     # ---- commands -----------------------------------------------------------------------------------------------
 
@@ -72,12 +72,14 @@ class PartyMachine:
             JobError: an unknown name or a value of the wrong type.
             LinkError: a peer is gone or silent.
         """
-        reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(self._link, self.perform(command, attachments)).run(
-            self._stall_s
-        )
+        reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(
+            self._link, self.perform(command, attachments)
+        ).run(self._stall_s)
         return reply
 
-    async def perform(self, command: Command, attachments: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+    async def perform(
+        self, command: Command, attachments: list[Tensor]
+    ) -> tuple[dict[str, Any], list[Tensor]]:
         """The command as a coroutine for any driver: (reply fields, reply tensors)."""
         with torch.inference_mode():
             reply: tuple[dict[str, Any], list[Tensor]] = ({}, [])
@@ -114,20 +116,16 @@ class PartyMachine:
         document = dict(command.plan)
         stored = document.pop("weights_file", None)
         plan = Plan.from_json(document)
-        held: dict[str, Tensor | Shared] = {}
+        held: Mapping[str, Tensor] = {}
         form, items = command.weights.form, command.weights.items
         if form == "public":
             if len(items) != len(attachments):
                 raise JobError(f"{len(items)} weights are named and {len(attachments)} came")
             held = {item.name: tensor for item, tensor in zip(items, attachments, strict=True)}
-        elif form == "shares":
-            left = list(attachments)
-            for item in items:
-                count = self._parts_per_value
-                held[item.name] = self._received(item, left[:count])
-                del left[:count]
-        elif stored is not None:
-            held = dict(weight_files.opened(Path(self._files), stored, [item.name for item in items]))
+        elif form == "stored" and stored is not None:
+            held = weight_files.opened(Path(self._files), stored, [item.name for item in items])
+        else:
+            raise JobError("secret weights come as values of their own, not with the plan")
         self._plans[command.name] = (plan, held)
 
     @property
@@ -138,7 +136,9 @@ class PartyMachine:
         """The client's share of a value: two components, each as words or as a 32-byte seed of them."""
         type = Secret(Ring.named(spec.ring), spec.frac, spec.shape)
         if len(attachments) != self._parts_per_value:
-            raise JobError(f"a share of {spec.name} comes as {self._parts_per_value} tensors, not {len(attachments)}")
+            raise JobError(
+                f"a share of {spec.name} comes as {self._parts_per_value} tensors, not {len(attachments)}"
+            )
         return Shared(type, tuple(self._component_of(type, spec.name, tensor) for tensor in attachments))
 
     def _component_of(self, type: Secret, name: str, tensor: Tensor) -> Tensor:
@@ -158,7 +158,9 @@ class PartyMachine:
         session = self._root.fork(command.path)
         outputs = await execute(self.protocol, session, plan, secrets, command.publics, held)
         if len(outputs) != len(command.outputs):
-            raise JobError(f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named")
+            raise JobError(
+                f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named"
+            )
         self._handles.update(zip(command.outputs, outputs, strict=True))
 
     async def _affine(self, command: Affine) -> Shared:
@@ -181,7 +183,11 @@ class PartyMachine:
         total = p.linear(combine, *xs, frac=frac + command.frac_bits)
         if command.constant is not None:
             total = p.add_public(session, total, command.constant)
-        return total if command.frac_bits == 0 else await p.truncate(session.fork("close"), total, command.frac_bits)
+        return (
+            total
+            if command.frac_bits == 0
+            else await p.truncate(session.fork("close"), total, command.frac_bits)
+        )
 
     def _sliced(self, term: Term) -> Shared:
         x = self._get(term.handle)
@@ -225,6 +231,8 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
-def make_machine(party: int, link: Link, pair_keys: dict[int, bytes], options: dict[str, Any]) -> PartyMachine:
+def make_machine(
+    party: int, link: Link, pair_keys: dict[int, bytes], options: dict[str, Any]
+) -> PartyMachine:
     """What a party process runs for one session."""
     return PartyMachine(party, link, PairStreams(pair_keys), options)

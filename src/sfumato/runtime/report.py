@@ -89,7 +89,9 @@ class CostReport:
             lines.append(f"{'path':<{width}}  {'sent':>10}  {'share':>6}  {'messages':>8}")
         for path, cost in groups[:rows]:
             share = sum(cost.bytes_sent) / max(1, self.total_bytes)
-            lines.append(f"{path:<{width}}  {_size(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.sends):>8,}")
+            lines.append(
+                f"{path:<{width}}  {_size(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.sends):>8,}"
+            )
         if len(groups) > rows:
             lines.append(f"and {len(groups) - rows} more paths")
         return "\n".join(lines)

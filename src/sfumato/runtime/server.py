@@ -178,7 +178,9 @@ class PartyServer:
         for name, here in (("protocol", PROTOCOL_VERSION), ("package", package_version())):
             if hello.get(name) != here:
                 there = public_text(str(hello.get(name)))[:40]
-                reason = f"party {self.index} runs {name} version {here}, the client {there}; install the same release"
+                reason = (
+                    f"party {self.index} runs {name} version {here}, the client {there}; install one release"
+                )
                 refuse(sock, reason, "ProtocolError", self.index)
                 return
         if not self._session.acquire(timeout=self._busy_wait_s):
@@ -202,7 +204,7 @@ class PartyServer:
         to_peers: TlsLink | None = None
         machine: Machine | None = None
         try:
-            to_peers = TlsLink(self.index, self._meet(run), link_limits(self.cluster))
+            to_peers = TlsLink(self.index, self._meet(run, to_client), link_limits(self.cluster))
             machine = self._prepare(to_peers, client, run, options)
             self._serve(to_client, to_peers, machine)
             to_client.close()
@@ -223,19 +225,14 @@ class PartyServer:
                 machine.close()
         _log.info("party %d ended session %s after %.1f s", self.index, run[:8], time.monotonic() - started)
 
-    def _meet(self, run: str) -> dict[int, ssl.SSLSocket]:
-        """Connections to both peers for this run: lower indices call, higher ones answer."""
+    def _meet(self, run: str, to_client: TlsLink) -> dict[int, ssl.SSLSocket]:
+        """Connections to both peers for this run: lower indices call, higher ones answer. Ends early without
+        a client."""
         timeout_s = self.cluster.limits.connect_s
         peers: dict[int, ssl.SSLSocket] = {}
         try:
             for peer in range(self.index):
-                with self._lobby:
-                    if not self._lobby.wait_for(lambda key=(run, peer): key in self._waiting, timeout_s):  # type: ignore[misc]
-                        raise LinkError(
-                            f"party {peer} did not call party {self.index} within {timeout_s:g} s"
-                        )
-                    peers[peer] = self._waiting.pop((run, peer))
-                    self._lobby.notify_all()
+                peers[peer] = self._called_by(peer, run, to_client)
                 welcome(peers[peer], {"party": self.index}, timeout_s)
             for peer in range(self.index + 1, 3):
                 member = self.cluster.parties[peer]
@@ -247,12 +244,27 @@ class PartyServer:
                     fingerprint=member.fingerprint,
                     hello={"run": run},
                     timeout_s=timeout_s,
+                    give_up=lambda: bool(to_client.problems(0.0)),
                 )
         except BaseException:
             for sock in peers.values():
                 sock.close()
             raise
         return peers
+
+    def _called_by(self, peer: int, run: str, to_client: TlsLink) -> ssl.SSLSocket:
+        deadline = time.monotonic() + self.cluster.limits.connect_s
+        with self._lobby:
+            while (run, peer) not in self._waiting:
+                if lost := to_client.problems(0.0):
+                    raise lost[0]
+                if time.monotonic() > deadline:
+                    waited_s = self.cluster.limits.connect_s
+                    raise LinkError(f"party {peer} did not call party {self.index} within {waited_s:g} s")
+                self._lobby.wait(0.1)
+            sock = self._waiting.pop((run, peer))
+            self._lobby.notify_all()
+            return sock
 
     def _prepare(self, link: TlsLink, client: str, run: str, options: dict[str, Any]) -> Machine:
         from sfumato.runtime.handshake import agree, run_terms
@@ -326,7 +338,7 @@ def _leave_with_parent() -> None:
     """End this process when standard input ends, which it does when the parent is gone, however it went."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
             pass
         os._exit(0)
 

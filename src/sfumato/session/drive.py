@@ -61,7 +61,9 @@ class Scheduler:
                 if self.done:
                     break
                 self._link.flush()
-                self._link.wait([(frm, tag, path) for (frm, tag), (_, _, path) in self._waiting.items()], timeout_s)
+                self._link.wait(
+                    [(frm, tag, path) for (frm, tag), (_, _, path) in self._waiting.items()], timeout_s
+                )
             self._link.flush()
         finally:
             self.close()
@@ -190,7 +192,9 @@ def simulation_keys(seed: bytes, party: int, parties: int = 3) -> dict[int, byte
     for peer in range(parties):
         if peer != party:
             low, high = sorted((party, peer))
-            keys[peer] = hashlib.blake2b(f"simulated pair {low}{high}".encode(), key=seed, digest_size=32).digest()
+            keys[peer] = hashlib.blake2b(
+                f"simulated pair {low}{high}".encode(), key=seed, digest_size=32
+            ).digest()
     return keys
 
 

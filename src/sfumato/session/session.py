@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import LinkError, ProtocolError
 from sfumato.link.base import Frame, Link
+from sfumato.link.frames import PACKED
 from sfumato.ring.pack import pack, packed_bytes, unpack
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
@@ -74,10 +75,28 @@ class Session:
     ``(role + turn) % 3`` plays ``role``.
     """
 
-    __slots__ = ("_children", "_clock", "_link", "_row", "device", "ledger", "party", "path", "streams", "turn")
+    __slots__ = (
+        "_children",
+        "_clock",
+        "_link",
+        "_row",
+        "device",
+        "ledger",
+        "party",
+        "path",
+        "streams",
+        "turn",
+    )
 
     def __init__(
-        self, party: int, link: Link, streams: PairStreams, ledger: Ledger, *, path: str = "", device: str = "cpu"
+        self,
+        party: int,
+        link: Link,
+        streams: PairStreams,
+        ledger: Ledger,
+        *,
+        path: str = "",
+        device: str = "cpu",
     ) -> None:
         self.party = party
         self.path = path
@@ -102,7 +121,12 @@ class Session:
             raise ProtocolError(f"the path {self.path}/{name} was forked twice; its streams would repeat")
         self._children.add(name)
         child = Session.__new__(Session)
-        child.party, child.device, child.ledger, child.streams = self.party, self.device, self.ledger, self.streams
+        child.party, child.device, child.ledger, child.streams = (
+            self.party,
+            self.device,
+            self.ledger,
+            self.streams,
+        )
         child._link, child._clock, child._children = self._link, self._clock, set()
         child.path = f"{self.path}/{name}"
         child.turn = self.turn if turn is None else turn % 3
@@ -148,7 +172,7 @@ class Session:
             size = packed_bytes(message.words.numel(), message.bits)
             payload = b"" if meta else pack(message.words, message.bits)
             tag = self._tag(message.name)
-            self._link.send(message.to, Frame(tag, message.bits, self._clock.now, payload))
+            self._link.send(message.to, Frame(tag, PACKED + message.bits, self._clock.now, payload))
             self.ledger.sent(self._row, size)
         if not receives:
             return []
@@ -157,9 +181,9 @@ class Session:
         out = []
         for expected, frame in zip(receives, frames, strict=True):
             self._clock.now = max(self._clock.now, frame.clock + 1)
-            if frame.dtype != expected.bits:
+            if frame.dtype != PACKED + expected.bits:
                 raise LinkError(
-                    f"party {expected.frm} sent {frame.dtype}-bit fields at {self.path}:{expected.name} "
+                    f"party {expected.frm} sent fields of another width at {self.path}:{expected.name} "
                     f"where {expected.bits} bits were expected"
                 )
             if meta:
@@ -177,4 +201,3 @@ class Session:
 
     def _tag(self, name: str) -> bytes:
         return hashlib.blake2b(f"{self.path}:{name}".encode(), digest_size=8).digest()
-

@@ -130,20 +130,16 @@ def _each(value: Any, axes: int, default: int) -> tuple[int, ...]:
     return tuple(value) * (axes if len(value) == 1 else 1)
 
 
-def _geometry(node: Node, args: Args, kernel: tuple[int, ...]) -> basic.Conv:
+def _geometry(node: Node, args: Args) -> basic.Conv:
     axes = len(node.shape) - 2
     stride, padding, dilation, groups = (*args[3:7], *(None,) * (7 - len(args)))[:4]
-    dilation = _each(dilation, axes, 1)
-    if isinstance(padding, str):
-        spread = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-        padding = tuple(t // 2 for t in spread) if padding == "same" else (0,) * axes
-    return basic.Conv(_each(stride, axes, 1), _each(padding, axes, 0), dilation, int(groups or 1))
+    return basic.Conv(_each(stride, axes, 1), _each(padding, axes, 0), _each(dilation, axes, 1), int(groups or 1))
 
 
 async def _conv(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     x, w = _at_plan_scale(ctx, args[0]), args[1]
     bias = args[2] if len(args) > 2 else None
-    geometry = _geometry(node, args, tuple(w.shape[2:]))
+    geometry = _geometry(node, args)
     if isinstance(x, Shared):
         return await basic.conv(ctx.protocol, s, x, w, bias, geometry)
     z = await product(ctx, s, geometry, x, w, node.shape)
@@ -173,7 +169,7 @@ async def _conv_transpose(ctx: Context, s: Session, node: Node, args: Args, kwar
     def spread(t: Tensor) -> Tensor:
         size = [(n - 1) * st + 1 for n, st in zip(t.shape[2:], stride, strict=True)]
         wide = torch.zeros((*t.shape[:2], *size), dtype=t.dtype, device=t.device)
-        wide[(..., *(slice(None, None, st) for st in stride))] = t
+        wide[(slice(None), slice(None), *(slice(None, None, st) for st in stride))] = t
         return torch.nn.functional.pad(wide, [edge for pair in reversed(edges) for edge in pair])
 
     def turned(t: Tensor) -> Tensor:
@@ -326,8 +322,6 @@ HANDLERS_LINEAR: dict[str, Handler] = {
     "aten.conv1d.default": _CONV,
     "aten.conv2d.default": _CONV,
     "aten.conv3d.default": _CONV,
-    "aten.conv1d.padding": _CONV,
-    "aten.conv2d.padding": _CONV,
     "aten.conv_transpose1d.default": Handler(_conv_transpose, supports=_one_group),
     "aten.conv_transpose2d.input": Handler(_conv_transpose, supports=_one_group),
     "aten.add.Tensor": _ADD,

@@ -48,7 +48,7 @@ def train_vae(data: Path, out: Path, minutes: float) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: torch.Tensor, cache: Path) -> None:
-    """Write the scaled latents (posterior means) of all images, (N, 4, 8, 8) in half precision, to ``cache``."""
+    """Write the scaled latents (posterior means) of all images, (N, 4, 8, 8) fp16, to ``cache``."""
     if cache.is_file():
         return
     parts = []

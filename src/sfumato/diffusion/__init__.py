@@ -1,0 +1,1 @@
+"""Latent diffusion under MPC: schedulers as public coefficients, and diffusers pipelines run on shares."""

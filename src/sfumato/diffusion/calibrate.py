@@ -1,0 +1,159 @@
+"""The denoiser's ranges, measured in the clear on a few prompts of our own, once per model and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.loading import weights_digest
+from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.request import Prepared
+from sfumato.diffusion.schedule import Schedule
+from sfumato.errors import CaptureError
+from sfumato.graph.calibrate import Calibration
+
+__all__ = ["PROMPTS", "cache_file", "load_cached", "save_cached", "trajectories"]
+
+#: Short and various, so that every vocabulary holds some of it.
+PROMPTS = (
+    "a handwritten seven",
+    "a photo of an astronaut riding a horse",
+    "a small dress",
+    "an oil painting of a harbour at sunset, smoke over the water",
+    "the number 0",
+    "a close-up portrait of an old fisherman, dramatic light",
+    "a sneaker",
+    "",
+)
+_BUDGET_S = 45.0
+_SAMPLES = 96
+_FORMAT = 1
+
+Sample = tuple[tuple[Tensor], dict[str, Any]]
+
+
+def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> list[Sample]:
+    """Arguments of the denoiser along plain trajectories: all timesteps of the schedule, up to eight prompts.
+
+    Slow models get fewer prompts, then fewer recorded timesteps. The caller's own prompt is not used.
+    """
+    schedule, batch = prepared.schedule, prepared.batch
+    steps = len(schedule.steps)
+    started = time.monotonic()
+    first = _sample(pipe, prepared, 0)
+    with torch.inference_mode():
+        denoiser(*first[0], **first[1])
+    one_s = time.monotonic() - started
+    # Each prompt costs its trajectory, then about twice that again to measure what was recorded.
+    runs = max(1, min(-(-len(PROMPTS) // batch), int(_BUDGET_S / max(3 * steps * one_s, 1e-9))))
+    kept = max(2, min(steps, _SAMPLES // runs, int(_BUDGET_S / max(2 * runs * one_s, 1e-9))))
+    recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
+    samples: list[Sample] = []
+    with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
+        for run in range(runs):
+            start = _sample(pipe, prepared, run)
+            for k, sample in enumerate(_trajectory(denoiser, prepared, start)):
+                if k in recorded:
+                    samples.append(sample)
+                bar.update()
+    return samples
+
+
+def _sample(pipe: Any, prepared: Prepared, run: int) -> Sample:
+    """The first step's arguments for the ``run``-th group of prompts, with noise of its own."""
+    batch = prepared.batch
+    prompts = [PROMPTS[(run * batch + i) % len(PROMPTS)] for i in range(batch)]
+    embeds, negative = pipe.encode_prompt(prompts, torch.device("cpu"), 1, prepared.guided)
+    text = torch.cat([negative, embeds]) if prepared.guided else embeds
+    source = torch.Generator().manual_seed(7_000 + run)
+    schedule = prepared.schedule.in_input_scale()
+    latents = torch.randn(prepared.latents.shape, generator=source) * schedule.init_sigma
+    return (latents,), call_kwargs(schedule.timesteps[0], text.detach(), prepared.condition)
+
+
+def _trajectory(denoiser: Denoiser, prepared: Prepared, start: Sample) -> Iterator[Sample]:
+    """The float trajectory of one start, step by step, in the scale that the model sees."""
+    schedule: Schedule = prepared.schedule.in_input_scale()
+    guidance, (latents,) = prepared.request.guidance_scale, start[0]
+    source = torch.Generator().manual_seed(1)
+    samples, outputs = [latents], []
+    for k, step in enumerate(schedule.steps):
+        kwargs = {
+            **start[1],
+            **call_kwargs(schedule.timesteps[k], start[1]["encoder_hidden_states"], prepared.condition),
+        }
+        yield (samples[k],), kwargs
+        with torch.no_grad():
+            output = denoiser(samples[k], **kwargs)
+        if prepared.guided:
+            without, towards = output.chunk(2)
+            output = without + guidance * (towards - without)
+        outputs.append(output)
+        following = sum((c * samples[k - age] for age, c in step.samples.items()), torch.zeros_like(latents))
+        following = sum((c * outputs[k - age] for age, c in step.outputs.items()), following)
+        if step.noise:
+            following = following + step.noise * torch.randn(latents.shape, generator=source)
+        samples.append(following)
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------
+
+
+def cache_file(pipe: Any, prepared: Prepared, profile: str, secret: str) -> Path:
+    """Where this model's ranges for these settings are kept."""
+    schedule = prepared.schedule
+    settings = {
+        "format": _FORMAT,
+        "release": _release(),
+        "weights": weights_digest(pipe.unet, pipe.text_encoder),
+        "shape": list(prepared.latents.shape),
+        "guidance": prepared.request.guidance_scale
+        if prepared.guided or prepared.condition is not None
+        else None,
+        "steps": [
+            [s.timestep, s.input_scale, *s.samples.items(), *s.outputs.items(), s.noise]
+            for s in schedule.steps
+        ],
+        "profile": profile,
+        "secret": secret,
+    }
+    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "calibration"
+    return folder / f"{name}.json"
+
+
+def load_cached(path: Path) -> Calibration | None:
+    """The ranges kept in a file, if it is there and whole."""
+    try:
+        return Calibration.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, CaptureError):
+        return None
+
+
+def save_cached(path: Path, calibration: Calibration) -> None:
+    """Keep ranges; a folder that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.part")
+        scratch.write_text(json.dumps(calibration.to_json()), encoding="utf-8")
+        scratch.replace(path)
+    except OSError:
+        return
+
+
+def _release() -> str:
+    try:
+        return version("sfumato")
+    except PackageNotFoundError:
+        return "source"

@@ -1,0 +1,99 @@
+"""Run a plan's secret calls under a protocol: one coroutine per party, the same order at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.errors import JobError
+from sfumato.graph.handlers import HANDLERS, Context
+from sfumato.graph.plan import Plan
+from sfumato.graph.program import Node, map_refs
+from sfumato.protocol.base import Protocol
+from sfumato.session.session import Session
+from sfumato.types import Shared
+
+__all__ = ["execute", "waves"]
+
+#: How many calls ahead in program order a call may start; bounds the values that are alive at once.
+LOOKAHEAD = 24
+
+
+def waves(plan: Plan, lookahead: int = LOOKAHEAD) -> list[list[int]]:
+    """Indices of the secret calls in groups whose rounds overlap; local calls go alone and as early as they can.
+
+    A group is the first interactive call left, in program order, with every other one in the next ``lookahead`` calls
+    that does not wait for any of them. Depends on the plan alone.
+    """
+    nodes = plan.secret_nodes
+    ready = set(plan.frontier)
+    left = list(range(len(nodes)))
+    groups: list[list[int]] = []
+
+    def start(chosen: Sequence[int]) -> None:
+        groups.append(list(chosen))
+        ready.update(nodes[i].name for i in chosen)
+        for i in chosen:
+            left.remove(i)
+
+    while left:
+        open_calls = [i for i in left[:lookahead] if all(name in ready for name in nodes[i].refs())]
+        at_once = [i for i in open_calls if HANDLERS[nodes[i].target].local]
+        if at_once:
+            for i in at_once:
+                start([i])
+        else:
+            start(open_calls)
+    return groups
+
+
+async def execute(
+    protocol: Protocol,
+    session: Session,
+    plan: Plan,
+    secrets: Mapping[str, Shared],
+    publics: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | Mapping[str, Shared],
+) -> list[Shared]:
+    """The plan's secret results, in the order of ``plan.secret_outputs``.
+
+    ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``. ``weights``:
+    ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.
+
+    Raises:
+        JobError: a value of the frontier is missing.
+    """
+    values: dict[str, Any] = {}
+    for name in plan.frontier:
+        found = next((group[name] for group in (secrets, publics, weights) if name in group), None)
+        if found is None:
+            raise JobError(f"the value {name} was not given to this run of {plan.program.title}")
+        values[name] = found
+    context = Context(protocol, plan.options, plan.choices)
+    nodes, groups = plan.secret_nodes, waves(plan)
+    last = {name: g for g, group in enumerate(groups) for i in group for name in nodes[i].refs()}
+    kept = set(plan.secret_outputs)
+    for g, group in enumerate(groups):
+        branches = [partial(_run, context, nodes[i], i, values) for i in group]
+        if len(branches) == 1:
+            outs = [await branches[0](session)]
+        else:
+            outs = await session.fork(f"~{g}").gather(*branches)
+        for i, out in zip(group, outs, strict=True):
+            values[nodes[i].name] = out
+        for name in {n for i in group for n in nodes[i].refs()}:
+            if last[name] == g and name not in kept:
+                del values[name]
+    return [values[name] for name in plan.secret_outputs]
+
+
+async def _run(context: Context, node: Node, index: int, values: Mapping[str, Any], session: Session) -> Any:
+    args = map_refs(node.args, values.__getitem__)
+    kwargs = {k: map_refs(v, values.__getitem__) for k, v in node.kwargs.items()}
+    child = session.fork(node.name, turn=index, row=True)
+    return await HANDLERS[node.target].run(context, child, node, args, kwargs)
+
+

@@ -1,0 +1,369 @@
+"""Plans: a program, where each value lives, and how each secret call is computed. JSON-able, hashed, the same for all parties."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.errors import CaptureError, JobError
+from sfumato.graph.calibrate import Calibration, calibrate
+from sfumato.graph.evaluate import evaluate
+from sfumato.graph.fuse import fuse
+from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.places import Place, Placed, place
+from sfumato.graph.program import Node, Program, digest_of
+from sfumato.graph.summary import table_text
+from sfumato.types import Ring, Secret
+
+__all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "load_side", "make_plan"]
+
+FORMAT = 1
+#: Named sets of approximations; the numeric handlers read the name.
+PROFILES = (
+    "precise", "fast", "puma", "cipherdm", "ditto", "crypten", "mpcformer", "secformer", "bumblebee", "iron", "shaft",
+)  # fmt: skip
+_MARGIN, _WIDE_MARGIN = 1.25, 1.5
+#: Client values that are 0/1 words by construction.
+_WHOLE_TARGETS = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all parties agree on before a share moves. ``program`` is the captured one after the rewrites of the places pass."""
+
+    program: Program
+    places: Mapping[str, Place]
+    per_call: frozenset[str]
+    choices: Mapping[str, Mapping[str, Any]]
+    options: Options
+    calibration: Calibration = field(default_factory=Calibration)
+    notes: tuple[str, ...] = ()
+
+    # ---- what goes where --------------------------------------------------------------------------------------
+
+    @cached_property
+    def secret_nodes(self) -> tuple[Node, ...]:
+        """The calls that the parties run, in program order."""
+        return tuple(n for n in self.program.nodes if self.places[n.name] is Place.SECRET)
+
+    @cached_property
+    def frontier(self) -> tuple[str, ...]:
+        """Values that the parties need from outside, in order of first use; a secret input that is a result counts."""
+        computed = {n.name for n in self.secret_nodes}
+        used = dict.fromkeys(name for n in self.secret_nodes for name in n.refs())
+        results = [n for n in self.program.output_names if self.places[n] is Place.SECRET]
+        return tuple(name for name in dict.fromkeys([*used, *results]) if name not in computed)
+
+    @cached_property
+    def client_inputs(self) -> tuple[str, ...]:
+        """Frontier values that the client shares at each call: secret arguments, and what it computed in clear."""
+        return tuple(n for n in self.frontier if self.places[n] in (Place.SECRET, Place.CLIENT))
+
+    @cached_property
+    def public_inputs(self) -> tuple[str, ...]:
+        """Frontier values that the client sends in clear at each call."""
+        return tuple(n for n in self.frontier if self.places[n] is Place.PUBLIC and n in self.per_call)
+
+    @cached_property
+    def constants(self) -> tuple[str, ...]:
+        """Public frontier values from weights and constants alone: sent once, at load."""
+        return tuple(n for n in self.frontier if self.places[n] is Place.PUBLIC and n not in self.per_call)
+
+    @cached_property
+    def secret_weights(self) -> tuple[str, ...]:
+        """Frontier values that the model owner shares once, at load."""
+        return tuple(n for n in self.frontier if self.places[n] is Place.OWNER)
+
+    @cached_property
+    def secret_outputs(self) -> tuple[str, ...]:
+        """Results that the parties hold as shares, in order; `execute` returns them so."""
+        return tuple(n for n in self.program.output_names if self.places[n] is Place.SECRET)
+
+    def secret_type(self, name: str) -> Secret:
+        """Ring, fraction bits and shape under which a frontier value is shared."""
+        shape, _ = self.program.types[name]
+        node = self._by_name.get(name)
+        whole = node is not None and node.target in _WHOLE_TARGETS
+        return Secret(Ring.named(self.options.ring), 0 if whole else self.options.frac, shape)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Node]:
+        return {n.name: n for n in self.program.nodes}
+
+    @cached_property
+    def cached_constants(self) -> dict[str, Tensor]:
+        """Constants that the client's own calls read, computed once in this process."""
+        mine = [n for n in self.program.nodes if self.places[n.name] in (Place.PUBLIC, Place.CLIENT)]
+        fixed = [n for n in mine if n.name not in self.per_call]
+        names = {n.name for n in fixed}
+        results = {n for n in self.program.output_names if n in names}
+        keep = results | {r for n in mine if n.name in self.per_call for r in n.refs() if r in names}
+        return evaluate(_needed(fixed, keep), self.program.weights, keep)
+
+    # ---- text, JSON, identity ---------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict without weights."""
+        return {
+            "format": FORMAT,
+            "program": self.program.to_json(),
+            "places": {n: str(w) for n, w in self.places.items()},
+            "per_call": sorted(self.per_call),
+            "choices": {n: dict(c) for n, c in self.choices.items()},
+            "options": asdict(self.options),
+            "calibration": self.calibration.to_json(),
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Plan:
+        """Read and verify what `to_json` wrote.
+
+        Raises:
+            CaptureError: not a plan of this format, or one that this release cannot run.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise CaptureError(f"a plan of format {data['format']!r}; this release reads format {FORMAT}")
+            plan = Plan(
+                Program.from_json(data["program"], weights),
+                {str(n): Place(w) for n, w in data["places"].items()},
+                frozenset(data["per_call"]),
+                {str(n): dict(c) for n, c in data["choices"].items()},
+                Options(**data["options"]),
+                Calibration.from_json(data["calibration"]),
+                tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CaptureError(f"this is not the JSON of a plan ({type(error).__name__})") from error
+        if set(plan.places) != set(plan.program.types):
+            raise CaptureError("this plan does not place every value of its program")
+        _refuse(plan.program.title, _problems(Placed(plan.program, plan.places, plan.per_call)))
+        return plan
+
+    def digest(self) -> str:
+        """Hex BLAKE2b over everything that decides what the parties do; what was measured on the way is left out."""
+        data = self.to_json()
+        return digest_of({k: v for k, v in data.items() if k not in ("calibration", "notes")})
+
+    def table(self) -> str:
+        """What runs where, which methods, and why nothing leaks by what was moved."""
+        runs = Counter(str(self.places[n.name]) for n in self.program.nodes)
+        targets = Counter(n.target for n in self.secret_nodes)
+        methods = Counter(str(c["method"]) for c in self.choices.values() if "method" in c)
+        inputs = [(i.source, str(self.places[i.name]), i.shape) for i in self.program.user_inputs]
+        moved = len([n for n in self.program.nodes if self.places[n.name] is Place.CLIENT])
+        return table_text(self.program.title, self.options, inputs, runs, targets, methods, moved, self.notes)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def make_plan(
+    program: Program,
+    secret: str = "inputs",
+    public: Iterable[str] = (),
+    profile: str = "precise",
+    calibration: Calibration | Sequence[tuple[Any, Any]] | Mapping[str, Any] | None = None,
+    client_known: Iterable[str] = (),
+    frac: int = 18,
+    ring: str = "Z64",
+    relocate: bool = True,
+) -> Plan:
+    """Decide what is secret, what runs where, and how.
+
+    ``secret``: ``"inputs"`` or ``"inputs+weights"``. ``public``: arguments that everyone may see (0-d tensors are public
+    anyway). ``client_known``: arguments that the client holds in clear, so that what follows from them alone runs at
+    its side; integer arguments always count. ``relocate=False`` keeps that to table look-ups: the rest of a text
+    encoder, say, then runs under the protocol. ``calibration``: ``[(args, kwargs), ...]``, a `Calibration`, or its JSON.
+
+    Raises:
+        JobError: an unknown option or argument name.
+        CaptureError: every call that cannot run on secrets, each with its module path; or a program without a secret.
+    """
+    if profile not in PROFILES:
+        raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
+    options = _options(secret, profile, frac, ring, calibration is None)
+    placed = place(fuse(program), secret=secret, public=_names(public), client_known=_names(client_known), relocate=relocate)
+    _refuse(program.title, _problems(placed))
+    notes: list[str] = []
+    measured = _calibration(program, placed, calibration, notes)
+    choices, problems = {}, []
+    for node in placed.program.nodes:
+        choose = HANDLERS[node.target].choose if placed.places[node.name] is Place.SECRET else None
+        if choose is not None:
+            try:
+                choices[node.name] = choose(node, measured.of(node), options)
+            except CaptureError as error:
+                problems.append(f"{node.target} at {node.module_path or 'the root'}: {error}")
+    _refuse(program.title, problems)
+    notes += _headroom(placed, measured, options)
+    if not any(w is Place.SECRET for w in placed.places.values()):
+        notes.append("nothing is left to compute under the protocol: the client knows or computes every value by itself; "
+                     "relocate=False or secret='inputs+weights' changes that")  # fmt: skip
+    return Plan(placed.program, placed.places, placed.per_call, choices, options, measured, tuple(notes))
+
+
+def _names(names: Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _options(secret: str, profile: str, frac: int, ring: str, guessed: bool) -> Options:
+    if ring not in ("Z64", "Z32"):
+        raise JobError(f"there is no ring {ring!r} for a plan; use 'Z64' or 'Z32'")
+    most = 24 if ring == "Z64" else 12
+    if not 4 <= frac <= most:
+        raise JobError(f"frac must lie between 4 and {most} in {ring}, not {frac}")
+    return Options(secret, profile, frac, ring, _WIDE_MARGIN if guessed else _MARGIN)
+
+
+def _problems(placed: Placed) -> list[str]:
+    """Every secret call that cannot run, one line each."""
+    found = []
+    for node in placed.program.nodes:
+        if placed.places[node.name] is not Place.SECRET:
+            continue
+        handler = HANDLERS.get(node.target)
+        where = node.module_path or "the root"
+        if handler is None:
+            found.append(f"{node.target} at {where} ({node.name}): no protocol for it on a secret")
+            continue
+        reason = handler.supports(node, _flags(placed, node)) if handler.supports else None
+        if reason:
+            found.append(f"{node.target} at {where} ({node.name}): {reason}")
+    return found
+
+
+def _flags(placed: Placed, node: Node) -> tuple[bool, ...]:
+    def hidden(arg: Any) -> bool:
+        if isinstance(arg, tuple) and hasattr(arg, "_fields"):
+            return placed.places[arg[0]] is not Place.PUBLIC
+        return any(hidden(a) for a in arg) if isinstance(arg, tuple) else False
+
+    return tuple(hidden(a) for a in (*node.args, *node.kwargs.values()))
+
+
+def _refuse(title: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise CaptureError(f"{title} cannot run on secrets; {len(problems)} calls are not supported:", problems)
+
+
+def _calibration(
+    program: Program,
+    placed: Placed,
+    given: Calibration | Sequence[tuple[Any, Any]] | Mapping[str, Any] | None,
+    notes: list[str],
+) -> Calibration:
+    if isinstance(given, Calibration):
+        return given
+    if isinstance(given, Mapping):
+        return Calibration.from_json(given)
+    if given is None:
+        if not program.examples:
+            raise JobError("this program carries no example arguments; give calibration=[(args, kwargs), ...]")
+        notes.append(f"ranges were calibrated on the capture's example arguments alone, with a margin of {_WIDE_MARGIN:g}; "
+                     "give calibration=[(args, kwargs), ...] with real inputs")  # fmt: skip
+        return calibrate(placed, [_example(program)])
+    samples = [program.bind(tuple(args), kwargs) for args, kwargs in given]
+    if not samples:
+        raise JobError("calibration= holds no samples")
+    return calibrate(placed, samples)
+
+
+def _example(program: Program) -> dict[str, Tensor]:
+    return {i.name: program.examples[i.name].to(i.dtype) for i in program.user_inputs}
+
+
+def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[str]:
+    """A note where a value may leave its ring before truncation: |x| 2^(2 frac) must stay below 2^(bits - 2)."""
+    limit = 2.0 ** (Ring.named(options.ring).bits - 2 - 2 * options.frac)
+    tops = [(measured.of(n).get("hi_out", 0.0), n) for n in placed.program.nodes if placed.places[n.name] is Place.SECRET]
+    top, node = max(tops, key=lambda pair: pair[0], default=(0.0, None))
+    if node is None:
+        return []
+    if top * options.margin >= limit:
+        raise JobError(
+            f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} with frac={options.frac} holds "
+            f"products below {limit:.3g}; use a smaller frac or another ring"
+        )
+    return [f"largest secret value seen: {top:.3g} at {node.name}; products may reach {limit:.3g} (|x| 2^{2 * options.frac} < ring / 4)"]
+
+
+# ---- the two sides that compute in clear ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClientValues:
+    """Floats of one call at the client: to share, to publish, and the results that need no protocol at all."""
+
+    secrets: dict[str, Tensor]
+    publics: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoadValues:
+    """Floats of a load: ``secrets`` are shared by the model owner once, ``publics`` go to every party in clear."""
+
+    secrets: dict[str, Tensor]
+    publics: dict[str, Tensor]
+
+
+def client_side(
+    plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, held: Iterable[str] = ()
+) -> ClientValues:
+    """Evaluate the client's and the per-call public part of a call, in float32.
+
+    ``held`` names secret inputs whose shares the parties have already; their values here are not used.
+
+    Raises:
+        JobError: an argument that does not fit the capture; one sentence.
+    """
+    program = plan.program
+    values = program.bind(tuple(args), kwargs)
+    outputs = [n for n in program.output_names if plan.places[n] is not Place.SECRET]
+    shared = [n for n in plan.client_inputs if n not in set(held)]
+    keep = {*shared, *plan.public_inputs, *outputs}
+    mine = [
+        n for n in program.nodes
+        if plan.places[n.name] in (Place.PUBLIC, Place.CLIENT) and n.name in plan.per_call
+    ]  # fmt: skip
+    known = {**program.weights, **plan.cached_constants, **values}
+    found = evaluate(_needed(mine, keep), known, keep)
+    return ClientValues(
+        {n: found[n] for n in shared},
+        {n: found[n] for n in plan.public_inputs},
+        {n: found[n] for n in outputs},
+    )
+
+
+def load_side(plan: Plan, weights: Mapping[str, Tensor] | None = None) -> LoadValues:
+    """Evaluate what depends on the weights alone: the constants of the frontier, and the owner's values to share."""
+    weights = plan.program.weights if weights is None else weights
+    missing = [i.name for i in plan.program.inputs if i.kind != "user" and i.name not in weights]
+    if missing:
+        raise JobError(f"{len(missing)} weights are missing, {missing[0]} among them")
+    keep = {*plan.constants, *plan.secret_weights}
+    fixed = [
+        n for n in plan.program.nodes
+        if plan.places[n.name] in (Place.PUBLIC, Place.OWNER) and n.name not in plan.per_call
+    ]  # fmt: skip
+    found = evaluate(_needed(fixed, keep), weights, keep)
+    return LoadValues({n: found[n] for n in plan.secret_weights}, {n: found[n] for n in plan.constants})
+
+
+def _needed(nodes: Sequence[Node], keep: Iterable[str]) -> list[Node]:
+    """Those of ``nodes``, in order, that ``keep`` depends on."""
+    needed, kept = set(keep), list[Node]()
+    for node in reversed(nodes):
+        if node.name in needed:
+            needed.update(node.refs())
+            kept.append(node)
+    return kept[::-1]
+
+

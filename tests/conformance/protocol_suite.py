@@ -1,0 +1,460 @@
+"""Every move of a protocol as data: how to run it, what it must give, what it may cost.
+
+An implementation enrols with one line in ``PROTOCOLS``; a move or override enrols with one `Case` and is then checked
+for value, cost, meta run, schedule, views and mutations by the tests of this folder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.link.base import Link
+from sfumato.protocol import cost, rep3_bits
+from sfumato.protocol.base import Protocol, Series, Window
+from sfumato.protocol.plain import Plain
+from sfumato.protocol.rep3 import Rep3
+from sfumato.ring import kernels
+from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulate, simulation_keys
+from sfumato.session.ledger import Ledger
+from sfumato.session.randomness import PairStreams
+from sfumato.session.session import Session
+from sfumato.types import B8, B64, Z32, Z64, Ring, Secret, Shared
+
+PROTOCOLS: Mapping[str, Protocol] = {"rep3": Rep3(), "rep3-moves": Rep3(fused=False), "plain": Plain()}
+
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (7,), (3, 5))
+
+Words = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a case at one party: its session, its shares, and the words (for owners of inputs)."""
+
+    p: Protocol
+    s: Session
+    x: tuple[Shared, ...]
+    words: Words
+    ring: Ring
+
+    def own(self, index: int, owner: int) -> Tensor | None:
+        mine = self.p.parties == 1 or self.s.party == owner
+        return self.words[index] if mine or self.s.device == "meta" else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """``expect`` gives (exact words before truncation, bits dropped, slack in the last place beyond the truncation's)."""
+
+    name: str
+    run: Callable[[Run], Coroutine[Any, Any, Shared]]
+    expect: Callable[[Words, Ring], tuple[Tensor, int, int]]
+    move: str = ""  # name in protocol.cost
+    sizes: Callable[[Ring], Mapping[str, int]] = lambda ring: {"k": ring.bits}
+    bits: tuple[int, ...] = (24, 24)  # magnitude of each operand's words, in bits
+    rings: tuple[Ring, ...] = (Z64, Z32)
+    source: Mapping[int, Ring] = field(default_factory=dict)  # operands in another ring
+    shapes: Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]] | None = None
+    any_shape: bool = True
+    protocols: tuple[str, ...] = ("rep3", "rep3-moves", "plain")
+    relative_owner: int | None = None  # roles of `move` count from this party instead of the turn
+    unfused: str = ""  # name in protocol.cost when fused=False
+    frac: int = 0  # of the operands
+
+    def __str__(self) -> str:
+        return self.name
+
+
+F = 9  # bits that the truncations below drop; 13 in the 64-bit ring
+
+
+def dropped(ring: Ring) -> int:
+    return F if ring.bits == 32 else 13
+
+
+def _kf(ring: Ring) -> dict[str, int]:
+    return {"k": ring.bits, "f": dropped(ring)}
+
+
+def _same(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+    return words[0], 0, 0
+
+
+def _share(owner: int) -> Case:
+    async def run(r: Run) -> Shared:
+        type = Secret(r.ring, 3, tuple(r.words[0].shape))
+        return await r.p.share(r.s, r.own(0, owner), owner, type)
+
+    return Case(
+        f"share by {owner}", run, _same, "share", bits=(64,), rings=(Z64, Z32, B64), relative_owner=owner
+    )
+
+
+async def _linear(r: Run) -> Shared:
+    return r.p.linear(lambda a, b: 3 * a - b, *r.x)
+
+
+async def _add_public(r: Run) -> Shared:
+    return r.p.add_public(r.s, r.x[0], r.words[1])
+
+
+async def _mul(r: Run) -> Shared:
+    return await r.p.bilinear(r.s, torch.mul, *r.x)
+
+
+async def _and(r: Run) -> Shared:
+    return await r.p.bilinear(r.s, torch.bitwise_and, *r.x)
+
+
+async def _matmul(r: Run) -> Shared:
+    return await r.p.bilinear(r.s, kernels.matmul, *r.x)
+
+
+CONV = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+
+
+async def _conv(r: Run) -> Shared:
+    return await r.p.bilinear(r.s, lambda a, b: kernels.conv(a, b, **CONV), *r.x)
+
+
+async def _truncate(r: Run) -> Shared:
+    return await r.p.truncate(r.s, r.x[0], dropped(r.ring))
+
+
+async def _truncate_wide(r: Run) -> Shared:
+    return await r.p.truncate(r.s, r.x[0], 5, ring=Z64)
+
+
+async def _truncate_nothing(r: Run) -> Shared:
+    return await r.p.truncate(r.s, r.x[0], 0)
+
+
+async def _bilinear_truncate(r: Run) -> Shared:
+    return await r.p.bilinear_truncate(r.s, torch.mul, r.x[0], r.x[1], dropped(r.ring))
+
+
+async def _bilinear_truncate_plus(r: Run) -> Shared:
+    return await r.p.bilinear_truncate(r.s, torch.mul, r.x[0], r.x[1], dropped(r.ring), plus=r.x[2])
+
+
+async def _matmul_truncate(r: Run) -> Shared:
+    return await r.p.bilinear_truncate(r.s, kernels.matmul, r.x[0], r.x[1], dropped(r.ring))
+
+
+async def _linear_truncate(r: Run) -> Shared:
+    shape = (*r.x[0].shape, 2)
+    return await r.p.linear_truncate(
+        r.s, lambda a: torch.stack([5 * a, -3 * a], -1), r.x[0], dropped(r.ring), shape=shape, gain_frac=2
+    )
+
+
+async def _linear_truncate_plus(r: Run) -> Shared:
+    return await r.p.linear_truncate(
+        r.s, lambda a: 5 * a, r.x[0], dropped(r.ring), shape=r.x[0].shape, plus=r.x[1], gain_frac=dropped(r.ring)
+    )
+
+
+async def _cast_up(r: Run) -> Shared:
+    return await r.p.cast(r.s, r.x[0], Z64)
+
+
+async def _cast_down(r: Run) -> Shared:
+    return await r.p.cast(r.s, r.x[0], Z32)
+
+
+WINDOW = Window(0, 10)
+SHIFTED = Window(6, 7)
+
+
+async def _less(r: Run) -> Shared:
+    return await r.p.less_than_zero(r.s, r.x[0], WINDOW)
+
+
+async def _less_shifted(r: Run) -> Shared:
+    return await r.p.less_than_zero(r.s, r.x[0], SHIFTED)
+
+
+async def _select(r: Run) -> Shared:
+    return await r.p.select(r.s, r.x[0].viewed(0), r.x[1])
+
+
+async def _select_either(r: Run) -> Shared:
+    return await r.p.select(r.s, r.x[0].viewed(0), r.x[1], r.x[2])
+
+
+async def _to_bits(r: Run) -> Shared:
+    planes = await rep3_bits.to_bits(r.s, r.x[0], WINDOW)
+    return Shared(Secret(B8, 0, planes.shape), planes.parts)
+
+
+async def _bits_to_words(r: Run) -> Shared:
+    plane = Shared(Secret(B8, 0, tuple(r.x[0].shape)), r.x[0].parts)
+    return await r.p.bits_to_words(r.s, plane, r.ring, (plane.shape[0] * 8,))
+
+
+SINES = Series(-4, 4, 0.5, 4, 0.25, 1.5, 0.0, (0.5, -0.125), (-0.25, 0.0625), 0.0)
+SQUARE = Series(-4, 4, 0.0, 4, -1.0, 0.5, 0.25, (0.75,), (0.0,), 0.0)
+FRAC = 14
+
+
+def _evaluate(series: Series) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+    async def run(r: Run) -> Shared:
+        return await r.p.evaluate(r.s, series, r.x[0].viewed(FRAC), frac=12)
+
+    return run
+
+
+def _evaluated(series: Series) -> Callable[[Words, Ring], tuple[Tensor, int, int]]:
+    def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+        exact = series(words[0].to(torch.float64) / 2.0**FRAC)
+        # Dealt sines carry 2^-22 a unit of coefficient: far below half a unit of 2^-12.
+        return (exact * 2.0**30).round().to(torch.int64), 18, 1 << 9
+
+    return expect
+
+
+def _evaluate_sizes(series: Series) -> Callable[[Ring], Mapping[str, int]]:
+    return lambda ring: {
+        "f": FRAC, "out": 12, "period": series.period_log2, "harmonics": len(series.cos), "squared": int(series.quadratic != 0)
+    }  # fmt: skip
+
+
+def _from_planes(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+    bits = np.unpackbits(words[0].numpy(), bitorder="little")
+    return torch.from_numpy(bits).to(ring.dtype), 0, 0
+
+
+def _bytes(shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    return [(int(np.prod(shape, dtype=np.int64)),)]
+
+
+def _twice(shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    return [shape, shape]
+
+
+def _broadcast(shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    return [shape, (2, *(1 for _ in shape))]
+
+
+def _thrice(shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    return [shape, shape, shape]
+
+
+def _fixed(*shapes: tuple[int, ...]) -> Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]]:
+    return lambda shape: shapes
+
+
+def _window(ring: Ring, window: Window = WINDOW) -> dict[str, int]:
+    return {"k": ring.bits, "m": window.bits}
+
+
+CASES: tuple[Case, ...] = (
+    _share(0),
+    _share(1),
+    _share(2),
+    Case("linear", _linear, lambda w, r: (3 * w[0] - w[1], 0, 0), "linear"),
+    Case("add_public", _add_public, lambda w, r: (w[0] + w[1], 0, 0), "add_public"),
+    Case("add_public, wider", _add_public, lambda w, r: (w[0] + w[1], 0, 0), "add_public", shapes=_broadcast),
+    Case("mul", _mul, lambda w, r: (w[0] * w[1], 0, 0), "bilinear"),
+    Case("mul, broadcast", _mul, lambda w, r: (w[0] * w[1], 0, 0), "bilinear", shapes=_broadcast),
+    Case("and", _and, lambda w, r: (w[0] & w[1], 0, 0), "bilinear", rings=(B64,), bits=(64, 64)),
+    Case(
+        "matmul", _matmul, lambda w, r: (w[0] @ w[1], 0, 0), "bilinear",
+        shapes=_fixed((2, 3, 4), (2, 4, 5)), any_shape=False,
+    ),
+    Case(
+        "conv", _conv, lambda w, r: (kernels.conv(w[0], w[1], **CONV), 0, 0), "bilinear",
+        shapes=_fixed((2, 4, 7, 6), (6, 2, 3, 2)), any_shape=False,
+    ),
+    Case("truncate", _truncate, lambda w, r: (w[0], dropped(r), 0), "truncate", _kf, bits=(30,)),
+    Case("truncate by nothing", _truncate_nothing, _same, "truncate", lambda r: {"k": r.bits, "f": 0}, bits=(30,)),
+    Case(
+        "truncate to Z64", _truncate_wide, lambda w, r: (w[0].long(), 5, 0), "truncate",
+        lambda r: {"k": 32, "f": 5, "out": 64}, bits=(30,), rings=(Z32,),
+    ),
+    Case(
+        "bilinear_truncate", _bilinear_truncate, lambda w, r: (w[0] * w[1], dropped(r), 0), "bilinear_truncate", _kf,
+        bits=(15, 14), unfused="bilinear_truncate, not fused",
+    ),
+    Case(
+        "bilinear_truncate, plus", _bilinear_truncate_plus, lambda w, r: (w[0] * w[1] + w[2], dropped(r), 0),
+        "bilinear_truncate", _kf, bits=(15, 14, 28), unfused="bilinear_truncate, not fused",
+    ),
+    Case(
+        "matmul_truncate", _matmul_truncate, lambda w, r: (w[0] @ w[1], dropped(r), 0), "bilinear_truncate", _kf,
+        bits=(13, 13), shapes=_fixed((3, 4), (4, 7)), any_shape=False, unfused="bilinear_truncate, not fused",
+    ),
+    Case(
+        "linear_truncate", _linear_truncate,
+        lambda w, r: (torch.stack([5 * w[0], -3 * w[0]], -1), dropped(r), 0), "linear_truncate", _kf, bits=(27,),
+    ),
+    Case(
+        "linear_truncate, plus", _linear_truncate_plus, lambda w, r: (5 * w[0] + w[1], dropped(r), 0), "linear_truncate",
+        _kf, bits=(26, 28), unfused="linear_truncate",
+    ),
+    Case("cast up", _cast_up, lambda w, r: (w[0].long(), 0, 0), "cast up", bits=(30,), rings=(Z32,)),
+    Case("cast down", _cast_down, lambda w, r: (w[0].int(), 0, 0), "cast down", bits=(30,), rings=(Z64,)),
+    Case("less_than_zero", _less, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero", _window, bits=(9,)),
+    Case(
+        # Words are even multiples of the window's unit and a half: outside its error band.
+        "less_than_zero, shifted", _less_shifted, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero",
+        lambda r: _window(r, SHIFTED), bits=(-6,),
+    ),
+    Case("select", _select, lambda w, r: (w[0] * w[1], 0, 0), "select", bits=(0, 29)),
+    Case(
+        "select of two", _select_either, lambda w, r: (torch.where(w[0] == 1, w[1], w[2]), 0, 0), "select",
+        bits=(0, 29, 29),
+    ),
+    Case(
+        "to_bits", _to_bits, lambda w, r: (rep3_bits.to_planes(w[0], WINDOW.bits), 0, 0), "to_bits", _window, bits=(9,),
+        protocols=("rep3",),
+    ),
+    Case(
+        "bits_to_words", _bits_to_words, _from_planes, "bits_to_words", bits=(8,), source={0: B8}, shapes=_bytes,
+    ),
+    Case(
+        "evaluate, sines", _evaluate(SINES), _evaluated(SINES), "evaluate", _evaluate_sizes(SINES), bits=(15,), rings=(Z64,),
+    ),
+    Case(
+        "evaluate, square", _evaluate(SQUARE), _evaluated(SQUARE), "evaluate", _evaluate_sizes(SQUARE), bits=(15,),
+        rings=(Z64,),
+    ),
+)  # fmt: skip
+
+
+def shapes_of(case: Case, shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    if case.shapes is not None:
+        return case.shapes(shape)
+    return [shape] * len(case.bits) if case.shapes is None else case.shapes(shape)
+
+
+def draw(case: Case, ring: Ring, shape: tuple[int, ...], seed: int) -> list[Tensor]:
+    """Random operand words within the case's magnitudes."""
+    g = np.random.default_rng(seed)
+    out = []
+    for i, (size, bits) in enumerate(zip(shapes_of(case, shape), case.bits, strict=False)):
+        kind = case.source.get(i, ring)
+        out.append(_words(g, bits, kind, size))
+    return out
+
+
+def _words(g: np.random.Generator, bits: int, ring: Ring, shape: tuple[int, ...]) -> Tensor:
+    if ring.kind == "B" or bits >= ring.bits:
+        raw = g.integers(0, 256, (*shape, ring.bits // 8), dtype=np.uint8)
+        return torch.from_numpy(raw.view({64: np.int64, 32: np.int32, 8: np.uint8}[ring.bits]).reshape(shape))
+    if bits == 0:
+        return torch.from_numpy(np.asarray(g.integers(0, 2, shape))).to(ring.dtype)
+    if bits < 0:
+        units = 1 << -bits
+        whole = np.asarray(g.integers(-31, 32, shape)) * units
+        return torch.from_numpy(np.asarray(whole + np.where(whole < 0, 0, units))).to(ring.dtype)
+    return torch.from_numpy(np.asarray(g.integers(-(1 << bits) + 1, 1 << bits, shape))).to(ring.dtype)
+
+
+def components(words: Tensor, ring: Ring, seed: int) -> list[Tensor]:
+    """Three uniform components of a value."""
+    g = np.random.default_rng(seed)
+    masks = [_words(g, ring.bits, ring, tuple(words.shape)) for _ in range(2)]
+    return list(Rep3.split(words, ring, masks))
+
+
+def shares(p: Protocol, party: int, parts: Sequence[Tensor], ring: Ring, frac: int) -> Shared:
+    """One party's holding of a value given by all its components."""
+    type = Secret(ring, frac, tuple(parts[0].shape))
+    if p.parties == 1:
+        return Shared(type, (parts[0],))
+    return Shared(type, (parts[party], parts[(party + 1) % 3]))
+
+
+Streams = Callable[[int], PairStreams]
+
+
+def execute(
+    p: Protocol,
+    case: Case,
+    ring: Ring,
+    words: Words,
+    *,
+    turn: int = 0,
+    seed: int = 0,
+    split: Sequence[Sequence[Tensor]] | None = None,
+    device: str = "cpu",
+    streams: Streams | None = None,
+    links: Sequence[Link] | None = None,
+    drive: Callable[[Sequence[Scheduler]], list[Any]] | None = None,
+) -> tuple[list[Shared], list[Ledger]]:
+    """Run one case at all parties on given (or fresh) components of its operands."""
+    rings = [case.source.get(i, ring) for i in range(len(words))]
+    if split is None:
+        split = [
+            [w] if p.parties == 1 else components(w, r, seed * 7 + i)
+            for i, (w, r) in enumerate(zip(words, rings, strict=True))
+        ]
+    if device == "meta":
+        split = [[c.to("meta") for c in parts] for parts in split]
+        words = [w.to("meta") for w in words]
+
+    async def main(s: Session) -> Shared:
+        x = tuple(shares(p, s.party, parts, r, case.frac) for parts, r in zip(split, rings, strict=True))
+        return await case.run(Run(p, s.fork("case", turn=turn), x, words, ring))
+
+    if drive is None:
+        key = f"seed {seed}".encode()
+        return simulate(main, parties=p.parties, seed=key, device=device, streams=streams, links=links)
+    mesh = links or LockstepLink.mesh(p.parties)
+    ledgers = [Ledger() for _ in range(p.parties)]
+    drawn = [PairStreams(simulation_keys(f"seed {seed}".encode(), i, p.parties)) for i in range(p.parties)]
+    sessions = [Session(i, mesh[i], drawn[i], ledgers[i]) for i in range(p.parties)]
+    results = drive([Scheduler(mesh[i], main(sessions[i])) for i in range(p.parties)])
+    for session, ledger in zip(sessions, ledgers, strict=True):
+        ledger.rounds = session.clock
+    return results, ledgers
+
+
+def combine(p: Protocol, outputs: Sequence[Shared]) -> Tensor:
+    """The value of an output; checks that neighbours hold the same components."""
+    if p.parties == 1:
+        return outputs[0].parts[0]
+    for i in range(3):
+        assert torch.equal(outputs[i].parts[1], outputs[(i + 1) % 3].parts[0]), f"parties {i} and {(i + 1) % 3} differ"
+        assert outputs[i].type == outputs[0].type
+        assert all(tuple(part.shape) == outputs[i].shape for part in outputs[i].parts)
+        assert all(part.dtype == outputs[i].ring.dtype for part in outputs[i].parts)
+    return Rep3.combine([out.parts[0] for out in outputs], outputs[0].ring)
+
+
+def declared(p: Protocol, case: Case, ring: Ring) -> cost.Cost:
+    name = case.unfused if case.unfused and not p.fused else case.move
+    return cost.MOVES[name](**case.sizes(ring))
+
+
+def shuffled(seed: int) -> Callable[[Sequence[Scheduler]], list[Any]]:
+    """A driver that steps parties and their ready tasks in random order, one task at a time."""
+
+    def drive(schedulers: Sequence[Scheduler]) -> list[Any]:
+        order = random.Random(seed)
+        for scheduler in schedulers:
+            _shuffle(scheduler, order)
+        return lockstep(sorted(schedulers, key=lambda _: order.random()))[:0] or [s.result for s in schedulers]
+
+    return drive
+
+
+def _shuffle(scheduler: Scheduler, order: random.Random) -> None:
+    def advance() -> bool:
+        moved = scheduler._deliver()
+        for _ in range(order.randrange(1, 4)):
+            if scheduler._ready:
+                scheduler._ready.rotate(order.randrange(len(scheduler._ready)))
+                scheduler._step(*scheduler._ready.popleft())
+                moved = True
+        return moved
+
+    scheduler.advance = advance  # type: ignore[method-assign]
