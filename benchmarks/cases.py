@@ -1,7 +1,7 @@
 """The cases that SPU and CrypTen were measured on, as plain torch modules with the same weights and inputs.
 
-Weights and inputs come from NumPy's seeded generator in a fixed order, so every system computes the same function of
-the same float32 numbers. The reference is the module itself in float64.
+Weights and inputs come from NumPy's seeded generator in a fixed order, so every system computes the same
+function of the same float32 numbers. The reference is the module itself in float64.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _filled(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
     return layer
 
 
-# ---- transformers ---------------------------------------------------------------------------------------------------
+# ---- transformers ------------------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -93,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 class TransformerLayer(nn.Module):
-    """Post-norm with exact GELU (BERT), or pre-norm, causal, with the tanh form (GPT-2); width 768, 12 heads."""
+    """Post-norm and exact GELU (BERT), or pre-norm, causal, and its tanh form (GPT-2); width 768, 12 heads."""
 
     def __init__(self, draw: Draw, causal: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class TransformerLayer(nn.Module):
         return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
 
 
-# ---- a DDPM UNet for 28x28 images -----------------------------------------------------------------------------------
+# ---- a DDPM UNet for 28x28 images --------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
@@ -166,7 +166,7 @@ class MnistUNet(nn.Module):
         return self.out(F.silu(self.n(x)))
 
 
-# ---- single operations ----------------------------------------------------------------------------------------------
+# ---- single operations -------------------------------------------------------------------------------------
 
 
 class Function(nn.Module):

@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine they ran on, JSON records, errors against a reference, small tables."""
+"""What the benchmarks share: the machine, JSON records, errors against a reference, small tables."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,7 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["RESULTS", "Foreign", "error_against", "machine", "markdown_table", "number", "size", "write_json"]
+__all__ = [
+    "RESULTS", "Foreign", "error_against", "machine", "machine_line", "markdown_table", "number", "parser", "size",
+    "write_json",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "diffusers", "transformers", "cryptography", "numpy")
@@ -61,7 +65,7 @@ def _version(name: str) -> str | None:
 
 
 class Foreign:
-    """Share of the machine that other processes used while a ``with`` block ran; our own seconds are given later."""
+    """Share of the machine that other processes used while a ``with`` block ran."""
 
     def __enter__(self) -> Foreign:
         self._started, self._busy = time.perf_counter(), _busy_seconds()
@@ -93,6 +97,11 @@ def error_against(reference: Tensor, found: Tensor) -> dict[str, float]:
         "max_abs_err": float(difference.abs().max()),
         "rel_l2_err": float(difference.norm() / exact.norm()),
     }
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """A command line that shows a module's docstring as it is."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -83,6 +83,8 @@ class Deployment:
         outputs = {n: f"out{number}/{n}" for n in self.plan.secret_outputs}
         self._backend.call(_PLAN, f"call{number}", names, values.publics, list(outputs.values()))
         self._backend.drop(*temporary)
+        if reveal:
+            self._backend.check_ranges(_PLAN)
         found: dict[str, Any] = dict(values.outputs)
         frac = self.plan.options.frac
         for name, handle_name in outputs.items():
@@ -136,16 +138,19 @@ def deploy(
     protocol: str = "rep3",
     keys: str | Path | None = None,
     fused: bool = True,
+    certificate: bool = True,
 ) -> Deployment:
     """Load a plan and its weights at the parties, for many calls.
 
     ``cluster``: path of a cluster file (with the client's keys beside it, or in ``keys``); else ``backend``:
     ``"local"`` starts three processes over mTLS, ``"simulate"`` one thread, ``"plain"`` no secrecy.
 
+    ``certificate``: check a few elements of every layer's result against the calibrated range, at the client's eyes only.
+
     Raises:
         LinkError: the parties cannot be reached.
     """
-    opened = open_backend(backend, protocol=protocol, cluster=cluster, keys=keys, options={"fused": fused})
+    opened = open_backend(backend, protocol=protocol, cluster=cluster, keys=keys, options={"fused": fused, "certificate": certificate})
     try:
         return Deployment(plan, opened)
     except BaseException:
@@ -162,22 +167,26 @@ def run(
     protocol: str = "rep3",
     cluster: str | Path | None = None,
     fused: bool = True,
+    certificate: bool = True,
 ) -> Result:
     """Run a plan once on the client's arguments and reveal the outputs to the client alone.
 
     Raises:
         JobError: arguments that do not fit the captured shapes, named.
         LinkError: a party was lost; nothing is left behind.
+        RangeError: a layer left its calibrated range; names it.
     """
-    with deploy(plan, cluster, backend=backend, protocol=protocol, fused=fused) as deployment:
+    with deploy(plan, cluster, backend=backend, protocol=protocol, fused=fused, certificate=certificate) as deployment:
         outputs = deployment(*args, **(kwargs or {}))
         return Result(outputs, deployment.cost)
 
 
-def estimate(plan: Plan, protocol: str = "rep3", *, fused: bool = True) -> CostReport:
+def estimate(
+    plan: Plan, protocol: str = "rep3", *, fused: bool = True, certificate: bool = True
+) -> CostReport:
     """The exact cost of one :func:`run`, from a run on shapes: rounds, bytes per party, by path. Nothing is computed."""
     if protocol == "plain":
         raise JobError("plain sends nothing; estimate rep3")
-    with deploy(plan, backend="meta", protocol=protocol, fused=fused) as deployment:
+    with deploy(plan, backend="meta", protocol=protocol, fused=fused, certificate=certificate) as deployment:
         deployment.call_on_shapes()
         return deployment.cost

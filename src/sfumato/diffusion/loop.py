@@ -62,7 +62,7 @@ class Denoising:
         """The last latents, in float64, at the client alone. ``latents`` include the first sigma."""
         schedule = self.schedule.in_input_scale()
         shape, batch = tuple(latents.shape), latents.shape[0]
-        samples = {0: self._share("sample0", latents * self._scale(0))}
+        samples = {0: self._share("sample0", latents.to(torch.float64) * self._scale(0))}
         outputs: dict[int, str] = {}
         for k, step in enumerate(schedule.steps):
             started = time.monotonic()
@@ -73,7 +73,7 @@ class Denoising:
             for age, c in step.outputs.items():
                 terms += guided_terms(outputs[k - age], c, batch, self.guidance)
             if step.draws:
-                noise = randn_tensor(shape, generator=self.generator, dtype=torch.float32)
+                noise = randn_tensor(shape, generator=self.generator, dtype=torch.float32).to(torch.float64)
                 if step.noise:
                     terms.append(Term(self._share(f"noise{k}", noise * step.noise), 1.0))
             samples[k + 1] = f"sample{k + 1}"

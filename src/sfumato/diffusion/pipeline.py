@@ -95,10 +95,10 @@ class SecurePipeline:
         Args:
             path_or_id: what to load; ``loading`` (``variant``, ``revision``, ``scheduler``, ...) goes to
             diffusers.
-            secret: ``"inputs"`` (prompt, noise and image) or ``"inputs+weights"`` (the U-Net's weights as well).
-            profile: how precisely non-linear functions are computed: ``"precise"``, ``"fast"``, or a paper's name.
+            secret: ``"inputs"`` (prompt, noise, image) or ``"inputs+weights"`` (the U-Net's weights as well).
+            profile: how non-linear functions are computed: ``"precise"``, ``"fast"``, or a paper's name.
             cluster: a cluster file of three real parties; ``keys`` the folder of the client's certificate.
-            backend: ``"local"`` (three processes over mutual TLS), ``"simulate"`` (one thread), ``"plain"`` (no secrecy).
+            backend: ``"local"`` (three processes over mutual TLS), ``"simulate"`` (one thread), ``"plain"``.
             calibration: ranges to use; by default they are measured in the clear on built-in prompts, and
             cached.
             options: of the protocol, passed to the parties.
@@ -145,7 +145,7 @@ class SecurePipeline:
         """Images for a prompt, with diffusers' arguments and the same image for the same generator.
 
         ``callback_on_step_end(pipe, step, timestep, kwargs)`` opens nothing, unless
-        ``callback_on_step_end_tensor_inputs=["latents"]`` asks for the latents: then the client (and only it) sees them.
+        ``callback_on_step_end_tensor_inputs=["latents"]`` asks: then the client alone sees them.
 
         Returns:
             `SecureOutput` with ``images`` and ``report``, or ``(images, nsfw flags)`` with
@@ -291,8 +291,7 @@ class SecurePipeline:
         wrong = sorted(set(returned) - set(asked))
         if wrong:
             raise JobError(
-                f"a callback returned {wrong[0]!r}, which it had not asked for
-                (callback_on_step_end_tensor_inputs)"
+                f"a callback returned {wrong[0]!r}, which callback_on_step_end_tensor_inputs does not name"
             )
         changed = returned.get("latents")
         return None if changed is None or changed is asked.get("latents") else changed

@@ -23,7 +23,7 @@ _REFUSED = {
     "guidance_rescale": "it divides by the spread of secret values; leave it at 0",
     "ip_adapter_image": "image prompts are not served yet; use a text prompt",
     "ip_adapter_image_embeds": "image prompts are not served yet; use a text prompt",
-    "cross_attention_kwargs": "attention processors are fixed at capture; fuse the LoRA into the weights first (fuse_lora)",
+    "cross_attention_kwargs": "attention is fixed at capture; fuse a LoRA into the weights first",
     "callback": "use callback_on_step_end",
     "callback_steps": "use callback_on_step_end",
 }
@@ -85,10 +85,7 @@ class Request:
             raise JobError("the list of prompts is empty; give at least one")
         wrong = sorted(set(self.callback_on_step_end_tensor_inputs) - {"latents"})
         if wrong:
-            raise JobError(
-                f"a callback can ask for 'latents' alone, not {wrong[0]!r}: nothing else is opened to the
-                client"
-            )
+            raise JobError(f"a callback can ask for 'latents' alone, not {wrong[0]!r}")
 
     @property
     def prompts(self) -> int:

@@ -14,6 +14,7 @@ import copy
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,7 +114,7 @@ def probe_schedule(
     runner = _Runner(scheduler, num_inference_steps, timesteps, sigmas, eta)
     try:
         basis = runner.basis_run()
-        steps = tuple(_solve(basis, k, runner.title) for k in range(len(basis.timesteps)))
+        steps = tuple(_solve(basis, k, scheduler) for k in range(len(basis.timesteps)))
         schedule = Schedule(steps, runner.init_sigma, tuple(basis.timesteps))
         deviation = runner.deviation(schedule)
     except JobError:
@@ -183,7 +184,9 @@ class _Runner:
 
     def _ready(self) -> Any:
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(**self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, about diffusers' own conversions
+            scheduler.set_timesteps(**self.settings)
         return scheduler
 
     def basis_run(self) -> _Run:
@@ -209,8 +212,7 @@ class _Runner:
                 drawn.append(k)
                 if len(drawn) > 1:
                     raise JobError(
-                        f"{self.title} draws noise twice in one step; use DDPM, DDIM with eta, or Euler
-                        ancestral"
+                        f"{self.title} draws noise twice in a step; use DDPM, DDIM with eta or Euler"
                     )
                 return _exact(noise(k))
 
@@ -280,13 +282,13 @@ def _noise_from(scheduler: Any, draw: Callable[..., Tensor]) -> Iterator[None]:
 # ---- coefficients ------------------------------------------------------------------------------------------
 
 
-def _solve(run: _Run, k: int, title: str) -> Step:
+def _solve(run: _Run, k: int, scheduler: Any) -> Step:
     """Step ``k`` as the shortest exact sum of recent samples, recent outputs and its noise."""
     count = len(run.timesteps)
     samples = [s.flatten() for s in run.samples]
     following = samples[k + 1]
     if not bool(following.isfinite().all()):
-        raise JobError(f"{title} gives values that are not finite at step {k}")
+        raise JobError(f"{type(scheduler).__name__} gives values that are not finite at step {k}")
     size = max(float(following.abs().max()), 1e-30)
     outputs, noise = following[1 : 1 + count], following[1 + count + k]
     for used, old in _supports(k):
@@ -319,10 +321,7 @@ def _solve(run: _Run, k: int, title: str) -> Step:
             noise=float(noise),
             draws=run.draws[k],
         )
-    raise JobError(
-        f"the step {k} of {title} is not a combination of its last samples, outputs and noise; use DDIM or
-        Euler"
-    )
+    raise JobError(_not_affine(scheduler))
 
 
 def _supports(k: int) -> list[tuple[int, int]]:
@@ -344,4 +343,6 @@ def _not_affine(scheduler: Any) -> str:
                 f"{title} with {option}=True is not affine and would need comparisons of secret latents; use "
                 f"pipe.scheduler = {title}.from_config(pipe.scheduler.config, {option}=False)"
             )
-    return f"the step of {title} is not an affine function of sample, model output and noise; use DDIM, Euler, DPM++ 2M or UniPC"
+    return (
+        f"the step of {title} is not affine in sample, output and noise; use DDIM, Euler, DPM++ 2M or UniPC"
+    )

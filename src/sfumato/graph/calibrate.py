@@ -94,5 +94,7 @@ def _largest(node: Node, out: Any) -> float:
         return 0.0
     top = float(out.abs().max()) if out.is_floating_point() else float(out.to(torch.float64).abs().max())
     if not math.isfinite(top):
-        raise CaptureError(f"{node.target} at {node.module_path or 'the root'} gives values that are not finite on a sample input")
+        raise CaptureError(
+            f"{node.target} at {node.module_path or 'the root'} is not finite on a sample input"
+        )
     return top

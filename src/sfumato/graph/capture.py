@@ -1,4 +1,5 @@
-"""From a torch module to a `Program`, by ``torch.export`` without decomposition. The only file that knows ``torch.export``."""
+"""From a torch module to a `Program`, by ``torch.export`` without decomposition. The only file that knows
+``torch.export``."""
 
 from __future__ import annotations
 
@@ -31,18 +32,22 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "user",
 }
-_RANDOM = re.compile(r"aten\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|uniform|exponential)(_like)?_?\.")
+_RANDOM = re.compile(
+    r"aten\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|uniform|exponential)(_like)?_?\."
+)
 _DROPPED_KWARGS = frozenset(("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"))
 
 
 def capture(module: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> Program:
     """The program of ``module(*args, **kwargs)`` in eval mode, for the shapes of these arguments.
 
-    Weights are not copied; half-precision modules are captured as they are and computed as float32. Integers and
-    floats among the arguments become 0-d inputs where the module allows it (a timestep), and constants elsewhere.
+    Weights are not copied; half-precision modules are captured as they are and computed as float32. Integers
+    and floats among the arguments become 0-d inputs where the module allows it (a timestep), and constants
+    elsewhere.
 
     Raises:
-        CaptureError: the module cannot be exported (one sentence with the cause), or holds calls that can never run
+        CaptureError: the module cannot be exported (one sentence with the cause), or holds calls that can
+        never run
             under MPC (all of them, each with its module path).
     """
     args = tuple(args) if isinstance(args, tuple | list) else (args,)
@@ -64,7 +69,9 @@ def _bind_names(
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         names += tuple(f"arg{i}" for i in range(len(names), len(args)))
     if len(args) > len(names):
-        raise CaptureError(f"{type(module).__name__}.forward takes {len(names)} positional arguments; {len(args)} were given")
+        raise CaptureError(
+            f"{type(module).__name__}.forward takes {len(names)} positional arguments; {len(args)} were given"
+        )
     taken = set(names[: len(args)]) & set(kwargs)
     if taken:
         raise CaptureError(f"the argument {sorted(taken)[0]} was given twice")
@@ -74,7 +81,8 @@ def _bind_names(
 def _export(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ExportedProgram, tuple[Any, ...], dict[str, Any]]:
-    """Export, with numbers as 0-d tensors if the module takes them, and without a cache object if it returns one."""
+    """Export, with numbers as 0-d tensors if the module takes them, and without a cache object if it returns
+    one."""
     lifted = tuple(_lift(a) for a in args), {k: _lift(v) for k, v in kwargs.items()}
     plans = [lifted, (args, kwargs)] if _numbers(args, kwargs) else [lifted]
     takes_cache = "use_cache" in inspect.signature(module.forward).parameters and "use_cache" not in kwargs
@@ -134,22 +142,31 @@ def _cause(module: nn.Module, error: Exception) -> str:
     text = str(error)
     title = type(module).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = next((li for li in lines if "data-dependent" in li.lower() or "GuardOnDataDependent" in li), lines[0] if lines else "")
+    line = next(
+        (li for li in lines if "data-dependent" in li.lower() or "GuardOnDataDependent" in li),
+        lines[0] if lines else "",
+    )
     if "data-dependent" in text.lower() or type(error).__name__.startswith("GuardOnDataDependent"):
         return (
-            f"{title} branches on the values of its inputs (data-dependent control flow), which secret values cannot decide; "
-            f"torch.export says: {line[:300]}"
+            f"{title} branches on the values of its inputs (data-dependent control flow), "
+            f"which secret values cannot decide; torch.export says: {line[:300]}"
         )
     if "known type" in text:
-        return f"{title} returns an object that holds no plain tensors (switch it off, e.g. use_cache=False): {line[:200]}"
+        return (
+            f"{title} returns an object without plain tensors (switch it off, use_cache=False): {line[:200]}"
+        )
     return f"{title} cannot be exported by torch.export ({type(error).__name__}): {line[:400]}"
 
 
-# ---- the exported graph as our nodes --------------------------------------------------------------------------
+# ---- the exported graph as our nodes -----------------------------------------------------------------------
 
 
 def _translate(
-    module: nn.Module, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
+    module: nn.Module,
+    exported: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    positional: tuple[str, ...],
 ) -> Program:
     signature = exported.graph_signature
     names, inputs, weights = _inputs(exported)
@@ -165,13 +182,17 @@ def _translate(
             if node is not None:
                 nodes.append(node)
         elif fx.op != "placeholder":
-            problems.append(f"{fx.op} {fx.target} at {_module_path(fx) or 'the root'}: a sub-graph that was not inlined")
+            problems.append(
+                f"{fx.op} {fx.target} at {_module_path(fx) or 'the root'}: a sub-graph that was not inlined"
+            )
     results = []
     for spec, out in zip(signature.output_specs, raw_outputs, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             results.append(_argument(out, names))
         elif spec.kind is OutputKind.BUFFER_MUTATION:
-            problems.append(f"the buffer {spec.target} is written during the call; a captured program keeps no state")
+            problems.append(
+                f"the buffer {spec.target} is written during the call; a captured program keeps no state"
+            )
     title = type(module).__name__
     if problems:
         raise CaptureError(f"{title} has calls that cannot run under MPC:", problems)
@@ -197,7 +218,8 @@ def _translate(
 
 
 def _inputs(exported: ExportedProgram) -> tuple[dict[str, str], list[Input], dict[str, Tensor]]:
-    """Names by graph name, the inputs, and the weights by input name. Weights are called by their attribute path."""
+    """Names by graph name, the inputs, and the weights by input name. Weights are called by their attribute
+    path."""
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     taken = {n.name for n in exported.graph.nodes}
     names: dict[str, str] = {}
@@ -260,13 +282,17 @@ def _node(fx: FxNode, names: Mapping[str, str], problems: list[str]) -> Node | N
     else:
         target = str(fx.target)
     if not isinstance(fx.target, torch._ops.OpOverload) and fx.target is not operator.getitem:
-        problems.append(f"{getattr(fx.target, '__name__', target)} at {path or 'the root'}: needs a tensor's value or a sub-graph")
+        problems.append(
+            f"{getattr(fx.target, '__name__', target)} at {path or 'the root'}: needs a value or a sub-graph"
+        )
         return None
     if not target.startswith("aten."):
         problems.append(f"{target} at {path or 'the root'}: only torch's own operations can run")
         return None
     if _RANDOM.match(target):
-        problems.append(f"{target} at {path or 'the root'}: draws random numbers; pass them as an argument instead")
+        problems.append(
+            f"{target} at {path or 'the root'}: draws random numbers; pass them as an argument instead"
+        )
         return None
     if value is None:
         return None  # an assertion
@@ -287,7 +313,8 @@ def _node(fx: FxNode, names: Mapping[str, str], problems: list[str]) -> Node | N
 
 
 def _positional_arguments(fx: FxNode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with everything that may be positional in its place, so that a handler reads one form only."""
+    """Arguments with everything that may be positional in its place, so that a handler reads one form
+    only."""
     args, kwargs = list(fx.args), dict(fx.kwargs)
     if isinstance(fx.target, torch._ops.OpOverload):
         for position, formal in enumerate(fx.target._schema.arguments):
@@ -321,5 +348,3 @@ def _module_path(fx: FxNode) -> str:
     stack = fx.meta.get("nn_module_stack") or {}
     last = list(stack.values())[-1] if stack else ("", "")
     return re.sub(r"^L\['self'\]\.?", "", str(last[0]))
-
-

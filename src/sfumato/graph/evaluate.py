@@ -1,4 +1,5 @@
-"""Float evaluation of a program's nodes by the ATen call itself: at the client, at the owner, and for calibration."""
+"""Float evaluation of a program's nodes by the ATen call itself: at the client, at the owner, and for
+calibration."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ def resolve(target: str) -> Callable[..., Any]:
         return _OURS[target]
     namespace, _, rest = target.partition(".")
     name, _, overload = rest.partition(".")
-    packet = getattr(torch.ops.aten, name, None) if namespace == "aten" and name not in _REFUSED else None
+    packet = getattr(torch.ops.aten, name, None) if namespace == "aten" else None
     found = getattr(packet, overload, None)
     if not callable(found):
-        raise CaptureError(f"there is no operation {target} in this installation of torch ({torch.__version__})")
+        raise CaptureError(
+            f"there is no operation {target} in this installation of torch ({torch.__version__})"
+        )
     return found
 
 
@@ -44,7 +47,8 @@ def call(node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor
 def evaluate(
     nodes: Iterable[Node], values: Mapping[str, Tensor], keep: Collection[str], visit: Visit | None = None
 ) -> dict[str, Tensor]:
-    """Run ``nodes`` in order from ``values``; what ``keep`` names is returned, everything else freed after its last use."""
+    """Run ``nodes`` in order from ``values``; what ``keep`` names is returned, everything else freed after
+    its last use."""
     nodes = list(nodes)
     last: dict[str, int] = {name: i for i, node in enumerate(nodes) for name in node.refs()}
     live: dict[str, Tensor] = {}
@@ -75,7 +79,7 @@ def _widen(value: Any) -> Any:
     return value
 
 
-# ---- our own targets ------------------------------------------------------------------------------------------
+# ---- our own targets ---------------------------------------------------------------------------------------
 
 
 def _one_hot(ids: Tensor, size: int) -> Tensor:
@@ -91,7 +95,8 @@ def _positions_one_hot(indices: tuple[Tensor, ...], shape: tuple[int, ...]) -> T
 
 
 def _resample_matrix(target: str, size: tuple[int, ...], args: tuple[Any, ...]) -> Tensor:
-    """The matrix (prod(size), prod(out)) of a linear map of the last axes, from what it makes of each unit."""
+    """The matrix (prod(size), prod(out)) of a linear map of the last axes, from what it makes of each
+    unit."""
     count = math.prod(size)
     units = torch.eye(count).reshape(count, 1, *size)
     return resolve(target)(units, *args).reshape(count, -1)
@@ -119,16 +124,20 @@ def _scale_bias(bias: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     return shift if bias is None else bias * scale + shift
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 def _getitem(values: Any, index: int) -> Tensor:
     found: Tensor = operator.getitem(values, index)
     return found
 
 
-_REFUSED = frozenset(("from_file", "save"))
 _OURS: dict[str, Callable[..., Any]] = {
     "aten.getitem.int": _getitem,
     "sfumato.one_hot": _one_hot,
     "sfumato.positions_one_hot": _positions_one_hot,
+    "sfumato.quick_gelu": _quick_gelu,
     "sfumato.resample_matrix": _resample_matrix,
     "sfumato.to_float": _to_float,
     "sfumato.norm_scale": _norm_scale,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sfumato.errors import JobError
+from sfumato.graph.certificate import Certificate
 from sfumato.graph.handlers import HANDLERS, Context
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, map_refs
@@ -23,10 +24,11 @@ LOOKAHEAD = 24
 
 
 def waves(plan: Plan, lookahead: int = LOOKAHEAD) -> list[list[int]]:
-    """Indices of the secret calls in groups whose rounds overlap; local calls go alone and as early as they can.
+    """Indices of the secret calls in groups whose rounds overlap; local calls go alone and as early as they
+    can.
 
-    A group is the first interactive call left, in program order, with every other one in the next ``lookahead`` calls
-    that does not wait for any of them. Depends on the plan alone.
+    A group is the first interactive call left, in program order, with every other one in the next
+    ``lookahead`` calls that does not wait for any of them. Depends on the plan alone.
     """
     nodes = plan.secret_nodes
     ready = set(plan.frontier)
@@ -57,43 +59,51 @@ async def execute(
     secrets: Mapping[str, Shared],
     publics: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | Mapping[str, Shared],
+    *,
+    certificate: Certificate | None = None,
 ) -> list[Shared]:
-    """The plan's secret results, in the order of ``plan.secret_outputs``.
+    """The plan's secret results, in the order of ``plan.secret_outputs``; a ``certificate`` looks at every call's result.
 
-    ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``. ``weights``:
-    ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.
+    ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``.
+    ``weights``: ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.
 
     Raises:
         JobError: a value of the frontier is missing.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # weights are read at each use, so that a file can hold them
     for name in plan.frontier:
-        found = next((group[name] for group in (secrets, publics, weights) if name in group), None)
-        if found is None:
+        if name in secrets or name in publics:
+            values[name] = secrets[name] if name in secrets else publics[name]
+        elif name not in weights:
             raise JobError(f"the value {name} was not given to this run of {plan.program.title}")
-        values[name] = found
+
+    def value(name: str) -> Any:
+        return values[name] if name in values else weights[name]
+
     context = Context(protocol, plan.options, plan.choices)
     nodes, groups = plan.secret_nodes, waves(plan)
     last = {name: g for g, group in enumerate(groups) for i in group for name in nodes[i].refs()}
     kept = set(plan.secret_outputs)
     for g, group in enumerate(groups):
-        branches = [partial(_run, context, nodes[i], i, values) for i in group]
+        branches = [partial(_run, context, nodes[i], i, value) for i in group]
         if len(branches) == 1:
             outs = [await branches[0](session)]
         else:
             outs = await session.fork(f"~{g}").gather(*branches)
         for i, out in zip(group, outs, strict=True):
             values[nodes[i].name] = out
+            if certificate is not None:
+                certificate.look(session, nodes[i], out)
         for name in {n for i in group for n in nodes[i].refs()}:
             if last[name] == g and name not in kept:
-                del values[name]
-    return [values[name] for name in plan.secret_outputs]
+                values.pop(name, None)
+    return [value(name) for name in plan.secret_outputs]
 
 
-async def _run(context: Context, node: Node, index: int, values: Mapping[str, Any], session: Session) -> Any:
-    args = map_refs(node.args, values.__getitem__)
-    kwargs = {k: map_refs(v, values.__getitem__) for k, v in node.kwargs.items()}
+async def _run(
+    context: Context, node: Node, index: int, value: Callable[[str], Any], session: Session
+) -> Any:
+    args = map_refs(node.args, value)
+    kwargs = {k: map_refs(v, value) for k, v in node.kwargs.items()}
     child = session.fork(node.name, turn=index, row=True)
     return await HANDLERS[node.target].run(context, child, node, args, kwargs)
-
-

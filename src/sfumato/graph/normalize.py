@@ -1,4 +1,5 @@
-"""Clean-up of a fresh capture: calls that change nothing are removed, and every call has one result and one spelling."""
+"""Clean-up of a fresh capture: calls that change nothing are removed, and every call has one result and one
+spelling."""
 
 from __future__ import annotations
 
@@ -12,19 +13,25 @@ from sfumato.graph.program import Arg, Node, Program, Ref, map_refs
 
 __all__ = ["normalize", "without_dead_code"]
 
-#: First argument passed through unchanged (float types are all float32 here, and memory layout is nobody's business).
+Types = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+#: First argument passed through unchanged (float types are all float32 here, and memory layout is nobody's
+#: business).
 _IDENTITIES = frozenset(
     f"aten.{name}"
-    for name in (
-        "alias.default", "contiguous.default", "clone.default", "detach.default", "detach_.default", "dropout.default",
-        "dropout_.default", "feature_dropout.default", "alpha_dropout.default", "lift_fresh.default",
-        "lift_fresh_copy.default", "lift.default", "positive.default", "resolve_conj.default", "resolve_neg.default",
-    )
-)  # fmt: skip
-_CASTS = {
-    "aten.to.dtype": 1, "aten.to.dtype_layout": None, "aten.to.device": 2, "aten.to.other": None, "aten._to_copy.default": None,
-    "aten.type_as.default": None, "aten.float.default": None, "aten.double.default": None,
-}  # fmt: skip
+    for name in """
+    alias.default contiguous.default clone.default detach.default detach_.default dropout.default
+    dropout_.default feature_dropout.default alpha_dropout.default lift_fresh.default
+    lift_fresh_copy.default lift.default positive.default resolve_conj.default resolve_neg.default
+""".split()
+)
+_CASTS = frozenset(
+    f"aten.{name}"
+    for name in """
+    to.dtype to.dtype_layout to.device to.other _to_copy.default type_as.default float.default
+    double.default
+""".split()
+)
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._functional_sym")
 _RENAMED = {
     "aten.view.default": "aten.reshape.default",
@@ -35,24 +42,33 @@ _RENAMED = {
     "aten.native_layer_norm.default": "aten.layer_norm.default",
 }
 _SHAPE_ONLY = frozenset(
-    ("aten.reshape.default", "aten.expand.default", "aten.slice.Tensor", "aten.flatten.using_ints", "aten.squeeze.default")
+    (
+        "aten.reshape.default",
+        "aten.expand.default",
+        "aten.slice.Tensor",
+        "aten.flatten.using_ints",
+        "aten.squeeze.default",
+    )
 )
 #: Second argument with which the call returns its first one.
 _NEUTRAL = {
-    "aten.mul.Tensor": 1, "aten.mul.Scalar": 1, "aten.div.Tensor": 1, "aten.div.Scalar": 1, "aten.add.Tensor": 0,
+    "aten.mul.Tensor": 1, "aten.mul.Scalar": 1, "aten.div.Tensor": 1, "aten.div.Scalar": 1,
+    "aten.add.Tensor": 0,
     "aten.add.Scalar": 0, "aten.sub.Tensor": 0, "aten.sub.Scalar": 0, "aten.pow.Tensor_Scalar": 1,
 }  # fmt: skip
 #: What a call fills its result with: a number, or the position of the argument that says it.
 _FILLS: dict[str, int | tuple[int]] = {
-    "aten.ones_like.default": 1, "aten.zeros_like.default": 0, "aten.full_like.default": (1,), "aten.empty_like.default": 0,
-    "aten.new_ones.default": 1, "aten.new_zeros.default": 0, "aten.new_full.default": (2,), "aten.new_empty.default": 0,
+    "aten.ones_like.default": 1, "aten.zeros_like.default": 0, "aten.full_like.default": (1,),
+    "aten.new_ones.default": 1, "aten.new_zeros.default": 0, "aten.new_full.default": (2,),
+    "aten.empty_like.default": 0, "aten.new_empty.default": 0,
     "aten.fill.Scalar": (1,), "aten.fill.Tensor": (1,),
 }  # fmt: skip
 _PADDED = ("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding")
 
 
 def normalize(program: Program) -> Program:
-    """The same program with identities, assertions and multi-result calls rewritten away, and no dead code."""
+    """The same program with identities, assertions and multi-result calls rewritten away, and no dead
+    code."""
     types = dict(program.types)
     known: dict[str, Ref] = {}
     multi: dict[str, Node] = {}
@@ -84,10 +100,12 @@ def _renamed(node: Node, known: dict[str, Ref]) -> Node:
         return map_refs(arg, lambda n: known.get(n, Ref(n)))
 
     target = _RENAMED.get(node.target, node.target)
-    return replace(node, target=target, args=follow(node.args), kwargs={k: follow(v) for k, v in node.kwargs.items()})
+    return replace(
+        node, target=target, args=follow(node.args), kwargs={k: follow(v) for k, v in node.kwargs.items()}
+    )
 
 
-def _identity(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Ref | None:
+def _identity(node: Node, types: Types) -> Ref | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, Ref):
         return None
@@ -104,23 +122,33 @@ def _identity(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]])
 
 
 def _filled(node: Node) -> Node:
-    """Calls that read only the shape of their argument say so: their value is public whatever the argument is."""
+    """Calls that read only the shape of their argument say so: their value is public whatever the argument
+    is."""
     if node.target in _FILLS:
         value = _FILLS[node.target]
         value = node.args[value[0]] if isinstance(value, tuple) else value
         if not isinstance(value, Ref):
-            return replace(node, target="aten.full.default", args=(node.shape, value), kwargs={"dtype": node.dtype})
+            return replace(
+                node, target="aten.full.default", args=(node.shape, value), kwargs={"dtype": node.dtype}
+            )
         return replace(node, target="aten.expand.default", args=(value, node.shape), kwargs={})
     return node
 
 
-def _explicit_padding(node: Node, types: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> list[Node]:
+def _explicit_padding(node: Node, types: Types) -> list[Node]:
     """conv(..., padding="same" or "valid") with numbers; what is not symmetric is padded before."""
-    x, weight, bias, stride, padding, dilation, groups = (*node.args, *(1,) * (7 - len(node.args)))
+    x, weight, bias, stride, padding, dilation, groups = (
+        *node.args,
+        *((1,) * len(types[node.args[1].name][0][2:]), 1)[len(node.args) - 5 :],
+    )
     kernel = types[weight.name][0][2:]
     spread = [0] * len(kernel)
     if padding == "same":
-        steps = (dilation,) * len(kernel) if isinstance(dilation, int) else tuple(dilation) * (len(kernel) // len(dilation))
+        steps = (
+            (dilation,) * len(kernel)
+            if isinstance(dilation, int)
+            else tuple(dilation) * (len(kernel) // len(dilation))
+        )
         spread = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
     target = node.target.replace(".padding", ".default")
     before: list[Node] = []
@@ -128,10 +156,23 @@ def _explicit_padding(node: Node, types: dict[str, tuple[tuple[int, ...], torch.
     if any(total % 2 for total in spread):
         edges = tuple(e for total in reversed(spread) for e in (total // 2, total - total // 2))
         shape, dtype = types[x.name]
-        size = shape[: -len(spread)] + tuple(n + total for n, total in zip(shape[-len(spread) :], spread, strict=True))
-        padded = Node(f"{node.name}_padded", "aten.constant_pad_nd.default", (x, edges, 0.0), {}, node.module_path, size, dtype)
+        size = shape[: -len(spread)] + tuple(
+            n + total for n, total in zip(shape[-len(spread) :], spread, strict=True)
+        )
+        padded = Node(
+            f"{node.name}_padded",
+            "aten.constant_pad_nd.default",
+            (x, edges, 0.0),
+            {},
+            node.module_path,
+            size,
+            dtype,
+        )
         before, x, pads = [padded], Ref(padded.name), (0,) * len(spread)
-    return [*before, replace(node, target=target, args=(x, weight, bias, stride, pads, dilation, groups), kwargs={})]
+    return [
+        *before,
+        replace(node, target=target, args=(x, weight, bias, stride, pads, dilation, groups), kwargs={}),
+    ]
 
 
 def without_dead_code(program: Program) -> Program:
@@ -143,7 +184,9 @@ def without_dead_code(program: Program) -> Program:
             kept.append(node)
     inputs = tuple(i for i in program.inputs if i.kind == "user" or i.name in needed)
     weights = {k: v for k, v in program.weights.items() if k in needed}
-    return replace(program, inputs=inputs, nodes=tuple(_canonical_cast(n) for n in reversed(kept)), weights=weights)
+    return replace(
+        program, inputs=inputs, nodes=tuple(_canonical_cast(n) for n in reversed(kept)), weights=weights
+    )
 
 
 def _canonical_cast(node: Node) -> Node:
@@ -152,7 +195,7 @@ def _canonical_cast(node: Node) -> Node:
     return node
 
 
-# ---- calls with several results -------------------------------------------------------------------------------
+# ---- calls with several results ----------------------------------------------------------------------------
 
 
 def _single(source: Node, item: Node) -> Node:
@@ -213,7 +256,11 @@ def _extreme(value: str, index_of: str) -> Callable[[Node, int], tuple[str, tupl
 
 def _batch_norm(node: Node, index: int) -> tuple[str | None, tuple[Arg, ...]]:
     x, weight, bias, mean, var, momentum, eps = node.args
-    return ("aten.batch_norm.default", (x, weight, bias, mean, var, False, momentum, eps, False)) if index == 0 else (None, ())
+    return (
+        ("aten.batch_norm.default", (x, weight, bias, mean, var, False, momentum, eps, False))
+        if index == 0
+        else (None, ())
+    )
 
 
 _SPLITS: dict[str, Callable[[Node, int], tuple[Any, tuple[Arg, ...]]]] = {

@@ -1,13 +1,14 @@
 """The secrecy pass: where every value of a program lives, and the rewrites that follow from it.
 
-==========  ==========================================================================================================
+==========  ===============================================================================================
 PUBLIC      from public weights, constants and public inputs only: known to all
 OWNER       from secret weights and constants only: the model owner computes it once, in float, and shares it
-CLIENT      from public values and inputs that the client knows in clear: it computes, in float, and shares what is used
-SECRET      everything else: runs under the protocol
-==========  ==========================================================================================================
+CLIENT      from public values and inputs that the client knows in clear: it computes, in float, and shares
+what is used SECRET      everything else: runs under the protocol ==========
+==========================================================================================================
 
-Nothing that one side does not know by itself reaches it: a value is moved to a side only if that side knows every input.
+Nothing that one side does not know by itself reaches it: a value is moved to a side only if that side knows
+every input.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Place(StrEnum):
 
 @dataclass(frozen=True)
 class Placed:
-    """A program, rewritten, with the place of every value. ``per_call``: what depends on an argument of the call."""
+    """A program, rewritten, with the place of every value. ``per_call``: what depends on an argument of the
+    call."""
 
     program: Program
     places: Mapping[str, Place]
@@ -61,9 +63,13 @@ def place(
     public, client_known = frozenset(public), frozenset(client_known)
     for name in sorted(public | client_known):
         if name not in program.arguments and name not in {i.name for i in program.user_inputs}:
-            raise JobError(f"the module has no captured argument {name!r}; it has {', '.join(program.arguments)}")
+            raise JobError(
+                f"the module has no captured argument {name!r}; it has {', '.join(program.arguments)}"
+            )
     if public & client_known:
-        raise JobError(f"the argument {sorted(public & client_known)[0]} cannot be public and known to the client alone")
+        raise JobError(
+            f"the argument {sorted(public & client_known)[0]} cannot be public and known to the client alone"
+        )
     placer = _Placer(program, secret, public, client_known, relocate)
     return placer.run()
 
@@ -72,7 +78,12 @@ class _Placer(Rewriter):
     """One walk over the program in order."""
 
     def __init__(
-        self, program: Program, secret: str, public: frozenset[str], client_known: frozenset[str], relocate: bool
+        self,
+        program: Program,
+        secret: str,
+        public: frozenset[str],
+        client_known: frozenset[str],
+        relocate: bool,
     ) -> None:
         super().__init__(program)
         self.secret_weights = secret == "inputs+weights"
@@ -122,7 +133,9 @@ class _Placer(Rewriter):
 
     def _input_place(self, i: Input, argument: str) -> Place:
         if i.kind != "user":
-            hidden = self.secret_weights and i.dtype.is_floating_point and i.persistent and i.kind != "constant"
+            hidden = (
+                self.secret_weights and i.dtype.is_floating_point and i.persistent and i.kind != "constant"
+            )
             return Place.OWNER if hidden else Place.PUBLIC
         given = {i.name, argument}
         if given & self.public:
@@ -149,7 +162,8 @@ class _Placer(Rewriter):
         return Place.CLIENT
 
     def _reads_weights(self, node: Node) -> bool:
-        """A float read from a weight by the client's integers: with ``relocate=False`` the client's work ends here."""
+        """A float read from a weight by the client's integers: with ``relocate=False`` the client's work ends
+        here."""
         clients = [name for name in node.refs() if self.is_client(name)]
         if any(name in self._looked_up for name in clients):
             return True
@@ -157,6 +171,8 @@ class _Placer(Rewriter):
         return from_integers and node.dtype.is_floating_point and any(self._is_weight(n) for n in node.refs())
 
     def _is_weight(self, name: str) -> bool:
-        return self.places[name] is Place.PUBLIC and name not in self.per_call and math.prod(self.types[name][0]) > 1
-
-
+        return (
+            self.places[name] is Place.PUBLIC
+            and name not in self.per_call
+            and math.prod(self.types[name][0]) > 1
+        )

@@ -1,4 +1,5 @@
-"""Plans: a program, where each value lives, and how each secret call is computed. JSON-able, hashed, the same for all parties."""
+"""Plans: a program, where each value lives, and how each secret call is computed. JSON-able, hashed, the same
+for all parties."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "loa
 FORMAT = 1
 #: Named sets of approximations; the numeric handlers read the name.
 PROFILES = (
-    "precise", "fast", "puma", "cipherdm", "ditto", "crypten", "mpcformer", "secformer", "bumblebee", "iron", "shaft",
+    "precise", "fast", "puma", "cipherdm", "ditto", "crypten", "mpcformer", "secformer", "bumblebee", "iron",
+    "shaft",
 )  # fmt: skip
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
 #: Client values that are 0/1 words by construction.
@@ -34,7 +36,8 @@ _WHOLE_TARGETS = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfu
 
 @dataclass(frozen=True)
 class Plan:
-    """What all parties agree on before a share moves. ``program`` is the captured one after the rewrites of the places pass."""
+    """What all parties agree on before a share moves. ``program`` is the captured one after the rewrites of
+    the places pass."""
 
     program: Program
     places: Mapping[str, Place]
@@ -44,7 +47,7 @@ class Plan:
     calibration: Calibration = field(default_factory=Calibration)
     notes: tuple[str, ...] = ()
 
-    # ---- what goes where --------------------------------------------------------------------------------------
+    # ---- what goes where -----------------------------------------------------------------------------------
 
     @cached_property
     def secret_nodes(self) -> tuple[Node, ...]:
@@ -53,7 +56,8 @@ class Plan:
 
     @cached_property
     def frontier(self) -> tuple[str, ...]:
-        """Values that the parties need from outside, in order of first use; a secret input that is a result counts."""
+        """Values that the parties need from outside, in order of first use; a secret input that is a result
+        counts."""
         computed = {n.name for n in self.secret_nodes}
         used = dict.fromkeys(name for n in self.secret_nodes for name in n.refs())
         results = [n for n in self.program.output_names if self.places[n] is Place.SECRET]
@@ -61,7 +65,8 @@ class Plan:
 
     @cached_property
     def client_inputs(self) -> tuple[str, ...]:
-        """Frontier values that the client shares at each call: secret arguments, and what it computed in clear."""
+        """Frontier values that the client shares at each call: secret arguments, and what it computed in
+        clear."""
         return tuple(n for n in self.frontier if self.places[n] in (Place.SECRET, Place.CLIENT))
 
     @cached_property
@@ -105,7 +110,7 @@ class Plan:
         keep = results | {r for n in mine if n.name in self.per_call for r in n.refs() if r in names}
         return evaluate(_needed(fixed, keep), self.program.weights, keep)
 
-    # ---- text, JSON, identity ---------------------------------------------------------------------------------
+    # ---- text, JSON, identity ------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict without weights."""
@@ -147,7 +152,8 @@ class Plan:
         return plan
 
     def digest(self) -> str:
-        """Hex BLAKE2b over everything that decides what the parties do; what was measured on the way is left out."""
+        """Hex BLAKE2b over everything that decides what the parties do; what was measured on the way is left
+        out."""
         data = self.to_json()
         return digest_of({k: v for k, v in data.items() if k not in ("calibration", "notes")})
 
@@ -177,19 +183,27 @@ def make_plan(
 ) -> Plan:
     """Decide what is secret, what runs where, and how.
 
-    ``secret``: ``"inputs"`` or ``"inputs+weights"``. ``public``: arguments that everyone may see (0-d tensors are public
-    anyway). ``client_known``: arguments that the client holds in clear, so that what follows from them alone runs at
-    its side; integer arguments always count. ``relocate=False`` keeps that to table look-ups: the rest of a text
-    encoder, say, then runs under the protocol. ``calibration``: ``[(args, kwargs), ...]``, a `Calibration`, or its JSON.
+    ``secret``: ``"inputs"`` or ``"inputs+weights"``. ``public``: arguments that everyone may see (0-d tensors
+    are public anyway). ``client_known``: arguments that the client holds in clear, so that what follows from
+    them alone runs at its side; integer arguments always count. ``relocate=False`` keeps that to table
+    look-ups: the rest of a text encoder, say, then runs under the protocol. ``calibration``: ``[(args,
+    kwargs), ...]``, a `Calibration`, or its JSON.
 
     Raises:
         JobError: an unknown option or argument name.
-        CaptureError: every call that cannot run on secrets, each with its module path; or a program without a secret.
+        CaptureError: every call that cannot run on secrets, each with its module path; or a program without a
+        secret.
     """
     if profile not in PROFILES:
         raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
     options = _options(secret, profile, frac, ring, calibration is None)
-    placed = place(fuse(program), secret=secret, public=_names(public), client_known=_names(client_known), relocate=relocate)
+    placed = place(
+        fuse(program),
+        secret=secret,
+        public=_names(public),
+        client_known=_names(client_known),
+        relocate=relocate,
+    )
     _refuse(program.title, _problems(placed))
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
@@ -204,7 +218,7 @@ def make_plan(
     _refuse(program.title, problems)
     notes += _headroom(placed, measured, options)
     if not any(w is Place.SECRET for w in placed.places.values()):
-        notes.append("nothing is left to compute under the protocol: the client knows or computes every value by itself; "
+        notes.append("nothing is left to compute under the protocol: the client computes every value by itself; "
                      "relocate=False or secret='inputs+weights' changes that")  # fmt: skip
     return Plan(placed.program, placed.places, placed.per_call, choices, options, measured, tuple(notes))
 
@@ -250,7 +264,9 @@ def _flags(placed: Placed, node: Node) -> tuple[bool, ...]:
 
 def _refuse(title: str, problems: Sequence[str]) -> None:
     if problems:
-        raise CaptureError(f"{title} cannot run on secrets; {len(problems)} calls are not supported:", problems)
+        raise CaptureError(
+            f"{title} cannot run on secrets; {len(problems)} calls are not supported:", problems
+        )
 
 
 def _calibration(
@@ -265,8 +281,10 @@ def _calibration(
         return Calibration.from_json(given)
     if given is None:
         if not program.examples:
-            raise JobError("this program carries no example arguments; give calibration=[(args, kwargs), ...]")
-        notes.append(f"ranges were calibrated on the capture's example arguments alone, with a margin of {_WIDE_MARGIN:g}; "
+            raise JobError(
+                "this program carries no example arguments; give calibration=[(args, kwargs), ...]"
+            )
+        notes.append(f"ranges come from the capture's example arguments alone, with a margin of {_WIDE_MARGIN:g}; "
                      "give calibration=[(args, kwargs), ...] with real inputs")  # fmt: skip
         return calibrate(placed, [_example(program)])
     samples = [program.bind(tuple(args), kwargs) for args, kwargs in given]
@@ -280,26 +298,35 @@ def _example(program: Program) -> dict[str, Tensor]:
 
 
 def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[str]:
-    """A note where a value may leave its ring before truncation: |x| 2^(2 frac) must stay below 2^(bits - 2)."""
+    """A note where a value may leave its ring before truncation: |x| 2^(2 frac) must stay below 2^(bits -
+    2)."""
     limit = 2.0 ** (Ring.named(options.ring).bits - 2 - 2 * options.frac)
-    tops = [(measured.of(n).get("hi_out", 0.0), n) for n in placed.program.nodes if placed.places[n.name] is Place.SECRET]
+    tops = [
+        (measured.of(n).get("hi_out", 0.0), n)
+        for n in placed.program.nodes
+        if placed.places[n.name] is Place.SECRET
+    ]
     top, node = max(tops, key=lambda pair: pair[0], default=(0.0, None))
     if node is None:
         return []
     if top * options.margin >= limit:
         raise JobError(
-            f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} with frac={options.frac} holds "
-            f"products below {limit:.3g}; use a smaller frac or another ring"
+            f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} at frac={options.frac} "
+            f"holds products below {limit:.3g}; use a smaller frac or another ring"
         )
-    return [f"largest secret value seen: {top:.3g} at {node.name}; products may reach {limit:.3g} (|x| 2^{2 * options.frac} < ring / 4)"]
+    return [
+        f"largest secret value seen: {top:.3g} at {node.name}; products may reach {limit:.3g} "
+        f"(|x| 2^{2 * options.frac} < ring / 4)"
+    ]
 
 
-# ---- the two sides that compute in clear ----------------------------------------------------------------------
+# ---- the two sides that compute in clear -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ClientValues:
-    """Floats of one call at the client: to share, to publish, and the results that need no protocol at all."""
+    """Floats of one call at the client: to share, to publish, and the results that need no protocol at
+    all."""
 
     secrets: dict[str, Tensor]
     publics: dict[str, Tensor]
@@ -308,7 +335,8 @@ class ClientValues:
 
 @dataclass(frozen=True)
 class LoadValues:
-    """Floats of a load: ``secrets`` are shared by the model owner once, ``publics`` go to every party in clear."""
+    """Floats of a load: ``secrets`` are shared by the model owner once, ``publics`` go to every party in
+    clear."""
 
     secrets: dict[str, Tensor]
     publics: dict[str, Tensor]
@@ -343,7 +371,8 @@ def client_side(
 
 
 def load_side(plan: Plan, weights: Mapping[str, Tensor] | None = None) -> LoadValues:
-    """Evaluate what depends on the weights alone: the constants of the frontier, and the owner's values to share."""
+    """Evaluate what depends on the weights alone: the constants of the frontier, and the owner's values to
+    share."""
     weights = plan.program.weights if weights is None else weights
     missing = [i.name for i in plan.program.inputs if i.kind != "user" and i.name not in weights]
     if missing:
@@ -365,5 +394,3 @@ def _needed(nodes: Sequence[Node], keep: Iterable[str]) -> list[Node]:
             needed.update(node.refs())
             kept.append(node)
     return kept[::-1]
-
-

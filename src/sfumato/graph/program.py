@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from sfumato.graph.structure import Tree, leaves, match, rebuild
 __all__ = ["Arg", "Input", "Node", "Program", "Ref", "canonical_json", "digest_of", "map_refs", "refs_of"]
 
 FORMAT = 1
+#: Calls that a program may name: torch's own without in-place writes and without files, and ours.
+_TARGET = re.compile(r"aten\.(?!from_file\b|save\b)\w+(?<!(?<!_)[a-z0-9]_)\.\w+|sfumato\.\w+")
 
 
 class Ref(NamedTuple):
@@ -37,7 +40,8 @@ InputKind = Literal["user", "parameter", "buffer", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A value that a program starts from. ``source``: the argument (``user``) or the attribute path (the others)."""
+    """A value that a program starts from. ``source``: the argument (``user``) or the attribute path (the
+    others)."""
 
     name: str
     kind: InputKind
@@ -49,7 +53,8 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One call. ``target`` is an ATen overload (``aten.linear.default``) or one of ours (``sfumato.one_hot``)."""
+    """One call. ``target`` is an ATen overload (``aten.linear.default``) or one of ours
+    (``sfumato.one_hot``)."""
 
     name: str
     target: str
@@ -89,7 +94,8 @@ def map_refs(arg: Arg, f: Callable[[str], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as a list of calls. ``weights`` and ``examples`` (the capture's arguments) are not part of its identity."""
+    """A model as a list of calls. ``weights`` and ``examples`` (the capture's arguments) are not part of its
+    identity."""
 
     title: str
     inputs: tuple[Input, ...]
@@ -101,7 +107,7 @@ class Program:
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     examples: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    # ---- parts ------------------------------------------------------------------------------------------------
+    # ---- parts ---------------------------------------------------------------------------------------------
 
     @cached_property
     def types(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -133,7 +139,7 @@ class Program:
                 freed.setdefault(node_name, []).append(name)
         return freed
 
-    # ---- calls ------------------------------------------------------------------------------------------------
+    # ---- calls ---------------------------------------------------------------------------------------------
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """Tensors of a call by input name, checked against the captured structure, shapes and dtypes.
@@ -152,7 +158,9 @@ class Program:
         """
         given = dict(zip(self.positional, args, strict=False))
         if len(args) > len(self.positional):
-            raise JobError(f"{self.title} takes at most {len(self.positional)} positional arguments; {len(args)} were given")
+            raise JobError(
+                f"{self.title} takes at most {len(self.positional)} positional arguments, not {len(args)}"
+            )
         for key, value in (kwargs or {}).items():
             if key in given:
                 raise JobError(f"the argument {key} was given twice")
@@ -166,7 +174,7 @@ class Program:
         for key, value in given.items():
             if value is not None:
                 raise JobError(
-                    f"the argument {key} was not part of the capture (captured: {', '.join(self.arguments)}); "
+                    f"the argument {key} was not part of the capture ({', '.join(self.arguments)}); "
                     "capture the module again with it"
                 )
         return found
@@ -176,7 +184,7 @@ class Program:
         flat = {f"o{i}": map_refs(out, lambda name: values[name]) for i, out in enumerate(self.outputs)}
         return rebuild(self.result, lambda leaf: flat[leaf])
 
-    # ---- text, JSON, identity ---------------------------------------------------------------------------------
+    # ---- text, JSON, identity ------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         uses = dict.fromkeys(name for node in self.nodes for name in node.refs())
@@ -193,7 +201,8 @@ class Program:
             "format": FORMAT,
             "title": self.title,
             "inputs": [
-                [i.name, i.kind, i.source, list(i.shape), _dtype_name(i.dtype), i.persistent] for i in self.inputs
+                [i.name, i.kind, i.source, list(i.shape), _dtype_name(i.dtype), i.persistent]
+                for i in self.inputs
             ],
             "nodes": [
                 [n.name, n.target, [_encode(a) for a in n.args], {k: _encode(v) for k, v in n.kwargs.items()},
@@ -215,7 +224,9 @@ class Program:
         """
         try:
             if data["format"] != FORMAT:
-                raise CaptureError(f"a program of format {data['format']!r}; this release reads format {FORMAT}")
+                raise CaptureError(
+                    f"a program of format {data['format']!r}; this release reads format {FORMAT}"
+                )
             program = Program(
                 title=str(data["title"]),
                 inputs=tuple(
@@ -223,8 +234,8 @@ class Program:
                     for n, kind, source, shape, dtype, persistent in data["inputs"]
                 ),
                 nodes=tuple(
-                    Node(str(n), str(t), tuple(_decode(a) for a in args), {k: _decode(v) for k, v in kw.items()},
-                         str(path), tuple(shape), _dtype(dtype))
+                    Node(str(n), str(t), tuple(_decode(a) for a in args),
+                         {k: _decode(v) for k, v in kw.items()}, str(path), tuple(shape), _dtype(dtype))
                     for n, t, args, kw, path, shape, dtype in data["nodes"]
                 ),
                 outputs=tuple(_decode(o) for o in data["outputs"]),
@@ -255,8 +266,10 @@ class Program:
         known: set[str] = set()
         for value in self._values():
             if isinstance(value, Node):
-                problems += [f"{value.name} uses {r} before it exists" for r in value.refs() if r not in known]
-                if value.target.split(".")[0] not in ("aten", "sfumato") or value.target.count(".") > 2:
+                problems += [
+                    f"{value.name} uses {r} before it exists" for r in value.refs() if r not in known
+                ]
+                if not _TARGET.fullmatch(value.target):
                     problems.append(f"{value.name} has the unknown target {value.target}")
             if value.name in known:
                 problems.append(f"{value.name} is defined twice")
@@ -285,7 +298,7 @@ def _checked(i: Input, value: Any) -> Tensor:
     return value.detach().to(i.dtype)
 
 
-# ---- JSON of arguments ----------------------------------------------------------------------------------------
+# ---- JSON of arguments -------------------------------------------------------------------------------------
 
 
 def _encode(arg: Arg) -> Any:

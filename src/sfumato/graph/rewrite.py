@@ -1,6 +1,7 @@
 """Forms that must be rewritten once places are known: look-ups by the client's values, and batch norms.
 
-A secret cannot be indexed by a secret, but a product with the client's one-hot rows picks the same rows and shows nothing.
+A secret cannot be indexed by a secret, but a product with the client's one-hot rows picks the same rows and
+shows nothing.
 """
 
 from __future__ import annotations
@@ -98,9 +99,17 @@ def _index_select(r: Rewriter, node: Node) -> list[Node] | None:
     size, dim = shape[dim], dim % len(shape)
     rest = shape[:dim] + shape[dim + 1 :]
     moved = _made(node, "moved", "aten.movedim.int", (x, dim, 0), (size, *rest))
-    table = _made(node, "table", "aten.reshape.default", (Ref(moved.name), (size, math.prod(rest))), (size, math.prod(rest)))
+    table = _made(
+        node,
+        "table",
+        "aten.reshape.default",
+        (Ref(moved.name), (size, math.prod(rest))),
+        (size, math.prod(rest)),
+    )
     rows = _made(node, "rows", "sfumato.one_hot", (ids, size), (count, size))
-    picked = _made(node, "picked", "aten.matmul.default", (Ref(rows.name), Ref(table.name)), (count, math.prod(rest)))
+    picked = _made(
+        node, "picked", "aten.matmul.default", (Ref(rows.name), Ref(table.name)), (count, math.prod(rest))
+    )
     shaped = _made(node, "shaped", "aten.reshape.default", (Ref(picked.name), (count, *rest)), (count, *rest))
     return [moved, table, rows, picked, shaped, _final(node, "aten.movedim.int", (Ref(shaped.name), 0, dim))]
 
@@ -121,7 +130,9 @@ def _gather(r: Rewriter, node: Node) -> list[Node] | None:
     rows = _made(node, "rows", "sfumato.one_hot", (Ref(moved_ids.name), size), (*rest, count, size))
     moved = _made(node, "moved", "aten.movedim.int", (x, dim, last), (*rest, size))
     column = _made(node, "column", "aten.unsqueeze.default", (Ref(moved.name), -1), (*rest, size, 1))
-    product = _made(node, "product", "aten.matmul.default", (Ref(rows.name), Ref(column.name)), (*rest, count, 1))
+    product = _made(
+        node, "product", "aten.matmul.default", (Ref(rows.name), Ref(column.name)), (*rest, count, 1)
+    )
     flat = _made(node, "flat", "aten.squeeze.dim", (Ref(product.name), -1), (*rest, count))
     return [moved_ids, rows, moved, column, product, flat,
             _final(node, "aten.movedim.int", (Ref(flat.name), last, dim))]  # fmt: skip
@@ -131,7 +142,8 @@ _CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.defa
 
 
 def _batch_norm(r: Rewriter, node: Node) -> list[Node] | None:
-    """Eval-mode batch norm: folded into the convolution before it, else one product and one sum with constants."""
+    """Eval-mode batch norm: folded into the convolution before it, else one product and one sum with
+    constants."""
     x, weight, bias, mean, variance, _, _, eps = node.args[:8]
     if mean is None or variance is None or not r.is_secret(x.name):
         return None
@@ -146,7 +158,14 @@ def _batch_norm(r: Rewriter, node: Node) -> list[Node] | None:
     factor = _made(node, "factor", "aten.reshape.default", (Ref(scale.name), spread), shape)
     offset = _made(node, "offset", "aten.reshape.default", (Ref(shift.name), spread), shape)
     scaled = _made(node, "scaled", "aten.mul.Tensor", (x, Ref(factor.name)), node.shape)
-    return [scale, shift, factor, offset, scaled, _final(node, "aten.add.Tensor", (Ref(scaled.name), Ref(offset.name)))]
+    return [
+        scale,
+        shift,
+        factor,
+        offset,
+        scaled,
+        _final(node, "aten.add.Tensor", (Ref(scaled.name), Ref(offset.name))),
+    ]
 
 
 def _folded(r: Rewriter, node: Node, x: Ref, scale: Node, shift: Node) -> list[Node] | None:
@@ -158,13 +177,16 @@ def _folded(r: Rewriter, node: Node, x: Ref, scale: Node, shift: Node) -> list[N
         return None
     r.take(x.name)
     rows = _made(node, "kernel", "sfumato.scale_rows", (weight, Ref(scale.name)), r.shape(weight))
-    offset = _made(node, "offset", "sfumato.scale_bias", (bias, Ref(scale.name), Ref(shift.name)), scale.shape)
+    offset = _made(
+        node, "offset", "sfumato.scale_bias", (bias, Ref(scale.name), Ref(shift.name)), scale.shape
+    )
     args = (before.args[0], Ref(rows.name), Ref(offset.name), *before.args[3:])
     return [rows, offset, replace(before, name=node.name, args=args)]
 
 
 def _resampled(r: Rewriter, node: Node) -> list[Node] | None:
-    """Average pools and linear up-sampling of (N, C, ...): means of equal blocks, or a product with a constant matrix."""
+    """Average pools and linear up-sampling of (N, C, ...): means of equal blocks, or a product with a
+    constant matrix."""
     x = node.args[0]
     axes = len(node.shape) - 2
     if not r.is_hidden(x.name) or axes < 1:
@@ -178,9 +200,13 @@ def _resampled(r: Rewriter, node: Node) -> list[Node] | None:
         inner = tuple(3 + 2 * a for a in range(axes))
         return [blocks, _final(node, "aten.mean.dim", (Ref(blocks.name), inner))]
     inputs, outputs = math.prod(size), math.prod(out)
-    matrix = _made(node, "matrix", "sfumato.resample_matrix", (node.target, size, node.args[1:]), (inputs, outputs))
+    matrix = _made(
+        node, "matrix", "sfumato.resample_matrix", (node.target, size, node.args[1:]), (inputs, outputs)
+    )
     flat = _made(node, "flat", "aten.reshape.default", (x, (*lead, inputs)), (*lead, inputs))
-    product = _made(node, "product", "aten.matmul.default", (Ref(flat.name), Ref(matrix.name)), (*lead, outputs))
+    product = _made(
+        node, "product", "aten.matmul.default", (Ref(flat.name), Ref(matrix.name)), (*lead, outputs)
+    )
     return [matrix, flat, product, _final(node, "aten.reshape.default", (Ref(product.name), node.shape))]
 
 
@@ -216,6 +242,19 @@ def _masked(r: Rewriter, node: Node) -> list[Node] | None:
     return [mask, replace(node, args=args)]
 
 
+def _attention(r: Rewriter, node: Node) -> list[Node] | None:
+    """A boolean mask that the client knows reaches the protocol as 0/1 words of frac 0 (1: attend)."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if mask is None or not r.is_client(mask.name) or r.types[mask.name][1] is not torch.bool:
+        return None
+    if not any(r.is_hidden(a.name) for a in node.args[:3]):
+        return None
+    kept = _made(node, "mask", "sfumato.to_float", (mask,), r.shape(mask))
+    if len(node.args) > 3:
+        return [kept, replace(node, args=(*node.args[:3], Ref(kept.name), *node.args[4:]))]
+    return [kept, replace(node, kwargs={**node.kwargs, "attn_mask": Ref(kept.name)})]
+
+
 #: By target; a form returns None where the call can stay as it is.
 FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.embedding.default": _embedding,
@@ -223,11 +262,22 @@ FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.batch_norm.default": _batch_norm,
-    **{f"aten.{name}": _resampled for name in (
-        "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "adaptive_avg_pool3d.default", "avg_pool1d.default",
-        "avg_pool2d.default", "_adaptive_avg_pool2d.default", "upsample_bilinear2d.vec", "upsample_bilinear2d.default",
-        "upsample_linear1d.vec", "upsample_bicubic2d.vec",
-    )},
+    "aten.scaled_dot_product_attention.default": _attention,
+    **{
+        f"aten.{name}": _resampled
+        for name in (
+            "adaptive_avg_pool1d.default",
+            "adaptive_avg_pool2d.default",
+            "adaptive_avg_pool3d.default",
+            "avg_pool1d.default",
+            "avg_pool2d.default",
+            "_adaptive_avg_pool2d.default",
+            "upsample_bilinear2d.vec",
+            "upsample_bilinear2d.default",
+            "upsample_linear1d.vec",
+            "upsample_bicubic2d.vec",
+        )
+    },
     "aten.where.self": _masked,
     "aten.where.ScalarSelf": _masked,
     "aten.where.ScalarOther": _masked,

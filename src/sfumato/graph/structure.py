@@ -1,7 +1,9 @@
-"""Nested arguments and results as plain JSON trees, so that a plan can be sent and results keep their module's structure.
+"""Nested arguments and results as plain JSON trees, so that a plan can be sent and results keep their
+module's structure.
 
-A tree is a one-key dict: ``leaf`` (the name of a value), ``const`` (a plain constant), ``list``, ``tuple``, ``dict``
-(key-value pairs) or ``class`` (a mapping or named tuple of a class that the reader looks up among loaded modules).
+A tree is a one-key dict: ``leaf`` (the name of a value), ``const`` (a plain constant), ``list``, ``tuple``,
+``dict`` (key-value pairs) or ``class`` (a mapping or named tuple of a class that the reader looks up among
+loaded modules).
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     elif dataclasses.is_dataclass(value):
         yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
     else:
-        raise CaptureError(f"a value of type {type(value).__name__} is neither a tensor nor a list, tuple, dict or dataclass")
+        raise CaptureError(
+            f"a value of type {type(value).__name__} is neither a tensor nor a list, tuple, dict or dataclass"
+        )
 
 
 def leaves(tree: Tree) -> Iterator[str]:
@@ -75,7 +79,8 @@ def _pairs(tree: Tree) -> list[Any]:
 def rebuild(tree: Tree, leaf: Callable[[str], Any]) -> Any:
     """The nested value of a tree; ``leaf`` gives each leaf's value by name.
 
-    A class is used only if its module is loaded already (nothing is ever imported by name); else a dict stands for it.
+    A class is used only if its module is loaded already (nothing is ever imported by name); else a dict
+    stands for it.
     """
     if "leaf" in tree:
         return leaf(tree["leaf"])
@@ -99,7 +104,9 @@ def _loaded_class(name: str) -> Callable[..., Any] | None:
         found = getattr(found, part, None)
     if not isinstance(found, type):
         return None
-    plain_record = dataclasses.is_dataclass(found) or hasattr(found, "_fields") or issubclass(found, OrderedDict)
+    plain_record = (
+        dataclasses.is_dataclass(found) or hasattr(found, "_fields") or issubclass(found, OrderedDict)
+    )
     return found if plain_record else None
 
 
@@ -107,28 +114,36 @@ def match(tree: Tree, value: Any, where: str, found: dict[str, Any]) -> None:
     """Collect into ``found`` the leaves of ``value``, which must have the structure of ``tree``.
 
     Raises:
-        JobError: another structure, or another constant than the captured one; the sentence names the argument.
+        JobError: another structure, or another constant than the captured one; the sentence names the
+        argument.
     """
     if "leaf" in tree:
         found[tree["leaf"]] = value
         return
     if "const" in tree:
-        same = value is None if tree["const"] is None else isinstance(value, _PLAIN) and value == tree["const"]
+        same = (
+            value is None if tree["const"] is None else isinstance(value, _PLAIN) and value == tree["const"]
+        )
         if not same:
             raise JobError(
-                f"the argument {where} was captured as the constant {tree['const']!r}; capture the module again to change it"
+                f"the argument {where} was captured as the constant {tree['const']!r}; "
+                "capture the module again to change it"
             )
         return
     if "list" in tree or "tuple" in tree:
         children = _children(tree)
         if not isinstance(value, list | tuple) or len(value) != len(children):
-            raise JobError(f"the argument {where} must be a list or tuple of {len(children)} values, as it was captured")
+            raise JobError(
+                f"the argument {where} must be a list or tuple of {len(children)} values, as it was captured"
+            )
         for i, child in enumerate(children):
             match(child, value[i], f"{where}[{i}]", found)
         return
     given = dict(_items(value)) if not _is_leaf(value) else {}
     pairs = _pairs(tree)
     if set(given) != {key for key, _ in pairs}:
-        raise JobError(f"the argument {where} must have the keys {', '.join(str(k) for k, _ in pairs)}, as it was captured")
+        raise JobError(
+            f"the argument {where} must have the keys {', '.join(str(k) for k, _ in pairs)}, as captured"
+        )
     for key, child in pairs:
         match(child, given[key], f"{where}.{key}", found)

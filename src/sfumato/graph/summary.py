@@ -1,4 +1,5 @@
-"""The text of a plan: what runs where, with which methods, and why moving work to the client shows nothing."""
+"""The text of a plan: what runs where, with which methods, and why moving work to the client shows
+nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from sfumato.graph.handlers import Options
 __all__ = ["table_text"]
 
 _WHY = {
-    "public": "from public weights, constants and public arguments only; known to all, computed once in float",
+    "public": "from public weights, constants and public arguments only; known to all",
     "owner": "from secret weights alone; the model owner computes it once and shares it",
     "client": "from what the client knows by itself; computed there in float, and what is used is shared",
     "secret": "under the protocol",
@@ -28,9 +29,16 @@ def table_text(
     notes: Sequence[str],
 ) -> str:
     """A short table; one line per fact."""
-    lines = [f"plan for {title}: secret={options.secret}, profile={options.profile}, {options.ring}, frac={options.frac}", ""]
+    lines = [
+        f"plan for {title}: secret={options.secret}, profile={options.profile}, "
+        f"{options.ring}, frac={options.frac}",
+        "",
+    ]
     lines.append("  argument                 who knows it   shape")
-    lines += [f"  {name:24} {'nobody' if place == 'secret' else place:14} {list(shape)}" for name, place, shape in inputs]
+    lines += [
+        f"  {name:24} {'nobody' if place == 'secret' else place:14} {list(shape)}"
+        for name, place, shape in inputs
+    ]
     lines += ["", "  calls  where    why"]
     lines += [f"  {count:5}  {place:8} {_WHY[place]}" for place, count in sorted(runs.items())]
     if targets:
@@ -39,5 +47,8 @@ def table_text(
     if methods:
         lines.append("  methods: " + ", ".join(f"{count} {name}" for name, count in methods.most_common()))
     if moved:
-        lines.append(f"  {moved} calls moved to the client: it knows all their inputs, so it learns nothing new, and nobody else sees them")
+        lines.append(
+            f"  {moved} calls moved to the client: it knows all their inputs, so it learns nothing new, "
+            "and nobody else sees them"
+        )
     return "\n".join([*lines, *(f"  note: {note}" for note in notes)])

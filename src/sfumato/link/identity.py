@@ -26,6 +26,7 @@ __all__ = [
     "answer",
     "client_identity",
     "dial",
+    "fingerprint_of",
     "identity_of",
     "listen",
     "party_identity",

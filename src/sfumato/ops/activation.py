@@ -1,7 +1,8 @@
 """Smooth univariate functions on calibrated ranges, each by one opening.
 
-A plan says how: ``series`` evaluates a fit and promises nothing outside [lo, hi]; ``clamped`` clips first and continues
-with a straight line at each end, so it holds on the whole range that its comparisons see. Errors are at 18 fraction bits.
+A plan says how: ``series`` evaluates a fit and promises nothing outside [lo, hi]; ``clamped`` clips first
+and continues with a straight line at each end, so it holds on the whole range that its comparisons see.
+Errors are at 18 fraction bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from sfumato.errors import RangeError
 from sfumato.ops.compare import clamp, overshoots
-from sfumato.ops.fit import fit_series, series_from_dict, series_to_dict
+from sfumato.ops.elementary import HEADROOM_BITS, with_frac
+from sfumato.ops.fit import fit_series, series_bits, series_from_dict, series_to_dict
 from sfumato.ops.tiles import elementwise
 from sfumato.protocol.base import Protocol, Series
 from sfumato.session.session import Session
@@ -31,11 +33,20 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A function of one variable; beyond +-``tail`` it is a straight line to within 1e-5 (None: no such tails)."""
+    """A function of one variable: below and above ``tails`` it is a straight line of these slopes, to within
+    1e-5.
+
+    ``core`` is what is fitted between the tails when ``f`` itself has a kink at one of them.
+    """
 
     f: Function
-    tail: float | None = None
-    slopes: tuple[float, float] = (0.0, 0.0)
+    tails: tuple[float, float] | None = None
+    slopes: tuple[int, int] = (0, 0)
+    core: Function | None = None
+
+
+def _even(tail: float) -> tuple[float, float]:
+    return (-tail, tail)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -44,36 +55,40 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 #: By name: what :func:`plan_smooth` can fit. All are computed in float64.
 FUNCTIONS: dict[str, Known] = {
-    "silu": Known(F.silu, 14.0, (0.0, 1.0)),
-    "gelu": Known(F.gelu, 5.0, (0.0, 1.0)),
-    "gelu_tanh": Known(_gelu_tanh, 5.0, (0.0, 1.0)),
-    "quick_gelu": Known(lambda x: x * torch.sigmoid(1.702 * x), 8.25, (0.0, 1.0)),
-    "mish": Known(F.mish, 15.0, (0.0, 1.0)),
-    "softplus": Known(F.softplus, 12.0, (0.0, 1.0)),
-    "elu": Known(F.elu, 12.0, (0.0, 1.0)),
-    "sigmoid": Known(torch.sigmoid, 12.0),
-    "logsigmoid": Known(F.logsigmoid, 12.0, (1.0, 0.0)),
-    "tanh": Known(torch.tanh, 6.5),
-    "erf": Known(torch.erf, 3.5),
+    "silu": Known(F.silu, _even(14.0), (0, 1)),
+    "gelu": Known(F.gelu, _even(5.0), (0, 1)),
+    "gelu_tanh": Known(_gelu_tanh, _even(5.0), (0, 1)),
+    "quick_gelu": Known(lambda x: x * torch.sigmoid(1.702 * x), _even(8.0), (0, 1)),
+    "mish": Known(F.mish, _even(15.0), (0, 1)),
+    "softplus": Known(F.softplus, _even(12.0), (0, 1)),
+    "elu": Known(F.elu, (-12.0, 0.0), (0, 1), torch.expm1),
+    "sigmoid": Known(torch.sigmoid, _even(12.0)),
+    "logsigmoid": Known(F.logsigmoid, _even(12.0), (1, 0)),
+    "tanh": Known(torch.tanh, _even(6.5)),
+    "erf": Known(torch.erf, _even(3.5)),
     "sin": Known(torch.sin),
     "cos": Known(torch.cos),
     "exp": Known(torch.exp),
     "log": Known(torch.log),
     "sqrt": Known(torch.sqrt),
 }
-#: Intervals up to this many times the tails are fitted whole; clipping costs more than a few harmonics.
-_WHOLE = 1.25
+#: What the extra rounds of a clamp weigh when a plan chooses, in bits per element.
+_CLAMP_BITS = 1400
+#: Ranges beyond this are never fitted whole.
+_WIDEST = 40.0
 _FRAC = 18
 
 
 @dataclass(frozen=True, slots=True)
 class SmoothPlan:
-    """How one function is computed: its series, and for ``clamped`` the slopes beyond it and the bound of |x|."""
+    """How one function is computed: its series, and for ``clamped`` the sides it clips and the bound of
+    |x|."""
 
     name: str
     method: str
     series: Series
-    slopes: tuple[float, float] = (0.0, 0.0)
+    below: bool = False
+    above: bool = False
     bound: float = 0.0
 
     @property
@@ -84,14 +99,14 @@ class SmoothPlan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "method": self.method, "series": series_to_dict(self.series),
-            "slopes": list(self.slopes), "bound": self.bound,
+            "below": self.below, "above": self.above, "bound": self.bound,
         }  # fmt: skip
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> SmoothPlan:
         return SmoothPlan(
             str(data["name"]), str(data["method"]), series_from_dict(data["series"]),
-            tuple(map(float, data["slopes"])), float(data["bound"]),  # type: ignore[arg-type]
+            bool(data["below"]), bool(data["above"]), float(data["bound"]),
         )  # fmt: skip
 
 
@@ -104,31 +119,54 @@ def plan_smooth(
     ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|).
 
     Raises:
-        RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without tails.
+        RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without
+        tails.
     """
     known = FUNCTIONS.get(name)
     if known is None:
         raise RangeError(f"no smooth function {name!r}; there are {', '.join(sorted(FUNCTIONS))}")
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise RangeError(f"{name} needs a range, not [{lo}, {hi}]; calibrate on inputs that vary")
-    tail = known.tail
-    wide = tail is not None and max(-lo, hi) > _WHOLE * tail
-    if method == "clamped" and tail is None:
+    if method == "clamped" and known.tails is None:
         raise RangeError(f"{name} has no straight tails and cannot be clamped; use method 'series'")
-    if (method or ("clamped" if wide else "series")) == "series" or tail is None:
-        plan = SmoothPlan(name, "series", fit_series(known.f, lo, hi, tolerance=tolerance))
-    else:
-        # A side that never reaches its tail is fitted as it is, and never compared.
-        low = -tail if lo < -tail else lo
-        high = tail if hi > tail else hi
-        if low >= high:
-            low, high = min(low, high - 2.0), max(high, low + 2.0)
-        series = fit_series(known.f, low, high, tolerance=tolerance)
-        plan = SmoothPlan(name, "clamped", series, known.slopes, max(abs(lo), abs(hi), tail))
+    whole = clamped = None
+    if (
+        known.tails is not None
+        and method != "series"
+        and (method or known.core or lo < known.tails[0] or hi > known.tails[1])
+    ):
+        clamped = _plan_clamped(name, known, lo, hi, tolerance)
+    if clamped is None or (method is None and known.core is None and max(-lo, hi) <= _WIDEST):
+        whole = SmoothPlan(name, "series", fit_series(known.f, lo, hi, tolerance=tolerance))
+    plan = whole or clamped
+    assert plan is not None
+    if whole and clamped and _clamp_pays(clamped, whole, tolerance):
+        plan = clamped
     top = float(known.f(torch.linspace(plan.series.lo, plan.series.hi, 257, dtype=torch.float64)).abs().max())
     if top >= 2.0 ** (61 - 2 * _FRAC - Series.POLY_FRAC):
-        raise RangeError(f"{name} reaches {top:g} on [{lo:g}, {hi:g}], more than one opening can carry; rescale the model")
+        raise RangeError(
+            f"{name} reaches {top:g} on [{lo:g}, {hi:g}], more than one opening can carry; rescale the model"
+        )
     return plan
+
+
+def _plan_clamped(name: str, known: Known, lo: float, hi: float, tolerance: float) -> SmoothPlan:
+    assert known.tails is not None
+    # A side that never reaches its tail is fitted as it is, and never compared.
+    low, high = max(lo, known.tails[0]), min(hi, known.tails[1])
+    if high - low < 1.0:
+        low, high = (low, low + 1.0) if lo >= known.tails[0] else (high - 1.0, high)
+    series = fit_series(known.core or known.f, low, high, tolerance=tolerance)
+    bound = max(abs(lo), abs(hi), abs(low), abs(high))
+    return SmoothPlan(name, "clamped", series, lo < low or known.core is not None, hi > high, bound)
+
+
+def _clamp_pays(clamped: SmoothPlan, whole: SmoothPlan, tolerance: float) -> bool:
+    """Whether the clamp is worth its comparisons."""
+    if whole.error > 1.5 * tolerance:
+        return clamped.error < whole.error
+    saved = series_bits(whole.series, _FRAC) - series_bits(clamped.series, _FRAC)
+    return saved > _CLAMP_BITS
 
 
 async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: int | None = None) -> Shared:
@@ -143,6 +181,8 @@ async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: 
     wanted = x.frac if frac is None else frac
 
     async def step(child: Session, piece: Shared) -> Shared:
+        if piece.frac > _FRAC + 2:  # one opening takes 20 at most
+            piece = await with_frac(p, child.fork("coarse"), piece, _FRAC)
         if plan.method == "series":
             return await p.evaluate(child, plan.series, piece, frac=wanted)
         return await _clamped(p, child, piece, plan, wanted)
@@ -151,35 +191,26 @@ async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: 
 
 
 async def _clamped(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, frac: int) -> Shared:
-    """f(clip(x)) and the tails' lines. Whole slopes are local, so a tail costs its comparison alone."""
-    known = FUNCTIONS[plan.name]
-    assert known.tail is not None
-    low = plan.series.lo if plan.series.lo <= -known.tail else None
-    high = plan.series.hi if plan.series.hi >= known.tail else None
+    """f(clip(x)) and the tails' lines of slope 0 or 1: a tail costs its comparison alone."""
+    low = plan.series.lo if plan.below else None
+    high = plan.series.hi if plan.above else None
     under, over = await overshoots(p, s.fork("clip"), x, low, high, plan.bound)
     inner = x
     for cut in (under, over):
         if cut is not None:
             inner = p.sub(inner, cut)
     y = await p.evaluate(s.fork("inner"), plan.series, inner, frac=frac)
-    for cut, slope in zip((under, over), plan.slopes, strict=True):
+    for cut, slope in zip((under, over), FUNCTIONS[plan.name].slopes, strict=True):
         if cut is not None and slope:
-            whole = _whole(slope)
-            y = p.add(y, p.lift(p.linear(lambda part, w=whole: part * w, cut), frac))
+            y = p.add(y, await with_frac(p, s.fork("tail"), cut, frac))
     return y
-
-
-def _whole(slope: float) -> int:
-    if slope != round(slope):
-        raise RangeError(f"the tail of a clamped function has a whole slope, not {slope}")
-    return int(slope)
 
 
 async def hardsigmoid(p: Protocol, s: Session, x: Shared, bound: float) -> Shared:
     """clip(x / 6 + 1/2, 0, 1).
 
-    Domain: |x| <= bound. Error: one comparison band / 6 plus two ulp. Cost: two comparisons in one batch (about 1,000
-    bits) and one truncation. Source: digest secure-transformers 9 L3.
+    Domain: |x| <= bound. Error: one comparison band / 6 plus two ulp. Cost: two comparisons in one batch
+    (about 1,000 bits) and one truncation. Source: digest secure-transformers 9 L3.
     """
     clipped = await clamp(p, s.fork("clip"), x, -3.0, 3.0, max(bound, 3.0))
     return await _affine(p, s.fork("scale"), clipped)
@@ -188,12 +219,14 @@ async def hardsigmoid(p: Protocol, s: Session, x: Shared, bound: float) -> Share
 async def hardswish(p: Protocol, s: Session, x: Shared, bound: float) -> Shared:
     """x clip(x / 6 + 1/2, 0, 1).
 
-    Domain: |x| <= bound. Error: three ulp plus one band / 2 near +-3. Cost: :func:`hardsigmoid` and one product.
+    Domain: |x| <= bound. Error: three ulp plus one band / 2 near +-3. Cost: :func:`hardsigmoid` and one
+    product.
     Source: as :func:`hardsigmoid`.
     """
     clipped = await clamp(p, s.fork("clip"), x, -3.0, 3.0, max(bound, 3.0))
     moved = p.add_public(s, clipped, p.encode(clipped, 3.0))
-    sixth, gain = round(2.0**14 / 6), 14
+    gain = max(4, HEADROOM_BITS - 2 * x.frac - math.ceil(math.log2(max(bound, 3.0))))
+    sixth = round(2.0**gain / 6)
 
     async def step(child: Session, a: Shared, b: Shared) -> Shared:
         y = await p.bilinear_truncate(child, lambda u, v: u * v * sixth, a, b, b.frac + gain)

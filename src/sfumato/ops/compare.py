@@ -1,7 +1,8 @@
 """Comparisons on a calibrated range: ReLU and its kin, clamps, maxima and where they are.
 
-A comparison looks at ``bits`` bits below the range's top, so two values within ``band(bound, bits)`` of each other
-may be ordered either way; a maximum is then off by at most that band. 16 bits on [-8, 8] give a band of 2^-12.
+A comparison looks at ``bits`` bits below the range's top, so two values within ``band(bound, bits)`` of each
+other may be ordered either way; a maximum is then off by at most that band. 16 bits on [-8, 8] give a band
+of 2^-12.
 """
 
 from __future__ import annotations
@@ -59,11 +60,14 @@ def band(bound: float, frac: int, bits: int = WINDOW_BITS) -> float:
     return 2.0 ** (window(bound, frac, bits).shift - frac)
 
 
-async def less_than_zero(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
+async def less_than_zero(
+    p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS
+) -> Shared:
     """[x < 0] as words 0 and 1 with no fraction bits.
 
     Domain: |x| <= bound. Error: values in [0, band) may count as negative; otherwise exact.
-    Cost: 2 + ceil(log2(m - 1)) + 2 rounds, about 8m + 3k bits with m = ``bits`` (310 at 16). Source: secure-transformers 9 L3.
+    Cost: 2 + ceil(log2(m - 1)) + 2 rounds, about 8m + 3k bits with m = ``bits`` (310 at 16). Source:
+    secure-transformers 9 L3.
     """
     seen = window(bound, x.frac, bits)
 
@@ -74,7 +78,8 @@ async def less_than_zero(p: Protocol, s: Session, x: Shared, bound: float, *, bi
 
 
 async def select(p: Protocol, s: Session, bit: Shared, x: Shared, y: Shared | None = None) -> Shared:
-    """bit ? x : y (default zero), exact. Domain: bit in {0, 1}, any x. Cost: 1 round, 3k bits. Source: Araki et al. 2016."""
+    """bit ? x : y (default zero), exact. Domain: bit in {0, 1}, any x. Cost: 1 round, 3k bits. Source: Araki
+    et al. 2016."""
 
     async def step(child: Session, b: Shared, *xy: Shared) -> Shared:
         return await p.select(child, b, *xy)
@@ -83,7 +88,8 @@ async def select(p: Protocol, s: Session, bit: Shared, x: Shared, y: Shared | No
 
 
 async def relu(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
-    """max(x, 0). Domain: |x| <= bound. Error: one band (x in [0, band) may become 0). Source: secure-transformers 9 L3.
+    """max(x, 0). Domain: |x| <= bound. Error: one band (x in [0, band) may become 0). Source:
+    secure-transformers 9 L3.
 
     Cost: a comparison, 1 round and 3k bits (502 bits at 16).
     """
@@ -99,7 +105,7 @@ async def leaky_relu(
     Cost: a comparison and a fused product (3k + f + 2 bits). Source: as :func:`relu`.
     """
     negative = await less_than_zero(p, s.fork("sign"), x, bound, bits=bits)
-    gain = 16
+    gain = 24
     factor = round((slope - 1.0) * 2.0**gain)
 
     async def step(child: Session, b: Shared, piece: Shared) -> Shared:
@@ -113,7 +119,8 @@ async def leaky_relu(
 
 
 async def absolute(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
-    """|x|. Domain: |x| <= bound. Error: two bands at most, near zero. Cost: as :func:`relu`. Source: as :func:`relu`."""
+    """|x|. Domain: |x| <= bound. Error: two bands at most, near zero. Cost: as :func:`relu`. Source: as
+    :func:`relu`."""
     negative = await less_than_zero(p, s.fork("sign"), x, bound, bits=bits)
     part = await select(p, s.fork("select"), negative, x)
     return p.sub(x, p.linear(lambda words: 2 * words, part))
@@ -131,7 +138,8 @@ async def clamp(
 ) -> Shared:
     """x clipped to [low, high]; None leaves a side open. Both comparisons share their rounds.
 
-    Domain: |x| <= bound. Error: one band next to a limit. Cost: rounds of :func:`relu`, its bits for each side.
+    Domain: |x| <= bound. Error: one band next to a limit. Cost: rounds of :func:`relu`, its bits for each
+    side.
     Source: digest mpc-friendly 6.9 (batched clip).
     """
     overs = await overshoots(p, s, x, low, high, bound, bits=bits)
@@ -170,7 +178,7 @@ async def overshoots(
     return (found[0] if low is not None else None), (found[-1] if high is not None else None)
 
 
-# ---- maxima -------------------------------------------------------------------------------------------------------
+# ---- maxima ------------------------------------------------------------------------------------------------
 
 
 async def maximum(
@@ -204,7 +212,8 @@ def _halves(p: Protocol, x: Shared, axis: int) -> tuple[Shared, Shared, Shared |
 async def argmax(
     p: Protocol, s: Session, x: Shared, dim: int, bound: float, *, bits: int = WINDOW_BITS
 ) -> Shared:
-    """The index of the maximum over one axis, as a secret whole number (frac 0); the axis is kept with length 1.
+    """The index of the maximum over one axis, as a secret whole number (frac 0); the axis is kept with
+    length 1.
 
     Domain: |x| <= bound. Error: exact unless the best two are within ceil(log2 n) bands of each other.
     Cost: the rounds of :func:`maximum`; 3k bits more per comparison. Source: as :func:`maximum`.
@@ -250,7 +259,8 @@ async def max_pool(
 ) -> Shared:
     """Maxima over windows of the last len(kernel) axes. x (N, C, ...) -> (N, C, ...).
 
-    Domain: |x| <= bound. Error: as :func:`maximum` over the window. Cost: as :func:`maximum`, per window element.
+    Domain: |x| <= bound. Error: as :func:`maximum` over the window. Cost: as :func:`maximum`, per window
+    element.
     Source: as :func:`maximum`.
     """
     if ceil_mode:

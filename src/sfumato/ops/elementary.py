@@ -1,14 +1,15 @@
 """Exponential, reciprocal and roots on calibrated ranges, with relative accuracy.
 
-A plan object holds what was decided at plan time (fits, steps, buckets) as plain numbers; `to_dict`/`from_dict`
-carry it as JSON, so that all parties compute with the same words. Errors below are at 18 fraction bits.
+A plan object holds what was decided at plan time (fits, steps, buckets) as plain numbers;
+`to_dict`/`from_dict` carry it as JSON, so that all parties compute with the same words. Errors below are at
+18 fraction bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +23,19 @@ from sfumato.protocol.base import Protocol, Series, Window
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["ExpPlan", "InversePlan", "exp", "inverse", "plan_exp", "plan_inverse", "reciprocal", "rsqrt", "sqrt", "with_frac"]
+__all__ = [
+    "HEADROOM_BITS",
+    "ExpPlan",
+    "InversePlan",
+    "exp",
+    "inverse",
+    "plan_exp",
+    "plan_inverse",
+    "reciprocal",
+    "rsqrt",
+    "sqrt",
+    "with_frac",
+]
 
 #: Words before a truncation stay below 2^62; one bit is kept for rounding and margins.
 HEADROOM_BITS = 61
@@ -34,7 +47,8 @@ _BUCKET_LOG2 = 2
 
 
 async def with_frac(p: Protocol, s: Session, x: Shared, frac: int) -> Shared:
-    """The same value with other fraction bits: a local shift up, or one truncation (2 rounds, 2k + bits + 2 bits)."""
+    """The same value with other fraction bits: a local shift up, or one truncation (2 rounds, 2k + bits + 2
+    bits)."""
     if frac >= x.frac:
         return p.lift(x, frac)
     drop = x.frac - frac
@@ -45,15 +59,16 @@ async def with_frac(p: Protocol, s: Session, x: Shared, frac: int) -> Shared:
     return await elementwise(p, s, step, x)
 
 
-# ---- exp --------------------------------------------------------------------------------------------------------
+# ---- exp ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ExpPlan:
-    """exp(x) = P(x / 2^squarings)^(2^squarings) on [lo, hi]; P(u) = (r w^2 + a)^2 + b w + c with w = u + shift.
+    """exp(x) = P(x / 2^squarings)^(2^squarings) on [lo, hi]; P(u) = (r w^2 + a)^2 + b w + c with w = u +
+    shift.
 
-    ``r`` is the integer ``root`` at ``root_bits`` fraction bits; the result has ``frac`` fraction bits and the relative
-    error ``error`` (rounding of 2^-frac apart).
+    ``r`` is the integer ``root`` at ``root_bits`` fraction bits; the result has ``frac`` fraction bits and
+    the relative error ``error`` (rounding of 2^-frac apart).
     """
 
     lo: float
@@ -83,8 +98,19 @@ class ExpPlan:
 
 
 @lru_cache(maxsize=256)
-def plan_exp(lo: float, hi: float = 0.0, *, tolerance: float = 5e-4, frac: int = 18) -> ExpPlan:
+def plan_exp(
+    lo: float,
+    hi: float = 0.0,
+    *,
+    tolerance: float = 5e-4,
+    frac: int = 18,
+    cut: float = -math.inf,
+    carried: int = _CARRIED,
+) -> ExpPlan:
     """Choose the fewest squarings that reach the relative ``tolerance`` on [lo, hi]; ``frac`` is the input's.
+
+    Below ``cut`` the result need only lie in [0, 2 exp(cut)]. ``carried``: at most so many fraction bits of
+    the result.
 
     Raises:
         RangeError: [lo, hi] is empty, or too wide for the ring.
@@ -92,15 +118,25 @@ def plan_exp(lo: float, hi: float = 0.0, *, tolerance: float = 5e-4, frac: int =
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise RangeError(f"exp needs a range, not [{lo}, {hi}]; calibrate on inputs that vary")
     # The last square, exp(hi) at twice the carried bits, has to stay in the ring.
-    carried = min(_CARRIED, math.floor((HEADROOM_BITS - 1 - max(hi, 0.0) * math.log2(math.e)) / 2))
+    carried = min(carried, math.floor((HEADROOM_BITS - 1 - max(hi, 0.0) * math.log2(math.e)) / 2))
     for squarings in range(13):
         fine = frac + squarings
         if fine > 27 or carried < 10:
             break
-        plan = _fit_exp(lo, hi, squarings, fine, carried)
-        if plan is not None and plan.error <= tolerance:
-            return plan
-    raise RangeError(f"exp on [{lo:g}, {hi:g}] does not fit the ring at {frac} fraction bits; narrow the scores' range")
+        plan = _fit_exp(max(lo, cut), hi, squarings, fine, carried)
+        if plan is not None and plan.error <= tolerance and _fades(plan, lo):
+            return replace(plan, lo=lo)
+    raise RangeError(
+        f"exp on [{lo:g}, {hi:g}] does not fit the ring at {frac} fraction bits; narrow the scores' range"
+    )
+
+
+def _fades(plan: ExpPlan, lo: float) -> bool:
+    """Whether the plan stays small between ``lo`` and the end of its fit."""
+    if lo >= plan.lo:
+        return True
+    y = plan(torch.linspace(lo, plan.lo, 501, dtype=torch.float64))
+    return bool((y.abs() <= 2 * math.exp(plan.lo)).all())
 
 
 def _fit_exp(lo: float, hi: float, squarings: int, fine: int, carried: int) -> ExpPlan | None:
@@ -136,11 +172,12 @@ def _fit_exp(lo: float, hi: float, squarings: int, fine: int, carried: int) -> E
 async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | None = None) -> Shared:
     """exp(x). ``frac``: the result's fraction bits (default: as the plan carries, up to 28).
 
-    Domain: [plan.lo, plan.hi]. Below it the result stays small and positive down to about three times the range.
+    Domain: [plan.lo, plan.hi].
     Error: relative ``plan.error`` (at most 5e-4 by default) plus 2^-(frac) 2^squarings absolute.
     Cost: 3 (2 + squarings) rounds; (3k + f + 2) bits for each of the 2 + squarings products.
     Source: digest mpc-friendly 6.5; own: a quartic as two squares, division by 2^s as a change of view.
     """
+
     async def step(child: Session, piece: Shared) -> Shared:
         return await _exp_tile(p, child, piece, plan)
 
@@ -152,7 +189,9 @@ async def _exp_tile(p: Protocol, s: Session, x: Shared, plan: ExpPlan) -> Shared
     root, carried = plan.root, plan.frac
     u = x.viewed(x.frac + plan.squarings)
     if 2 * u.frac + plan.root_bits > 61:
-        raise RangeError(f"this exp was planned for fewer than {x.frac} fraction bits; plan it for this scale")
+        raise RangeError(
+            f"this exp was planned for fewer than {x.frac} fraction bits; plan it for this scale"
+        )
     w = p.add_public(s, u, p.encode(u, plan.shift))
     bits = 2 * w.frac + plan.root_bits - carried
     z = await p.bilinear_truncate(s.fork("square"), lambda a, b: a * b * root, w, w, bits)
@@ -166,13 +205,13 @@ async def _exp_tile(p: Protocol, s: Session, x: Shared, plan: ExpPlan) -> Shared
     return y
 
 
-# ---- reciprocal and rsqrt -----------------------------------------------------------------------------------------
+# ---- reciprocal and rsqrt ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class InversePlan:
-    """x^(-1/root) on [lo, hi] for root 1 or 2: x / 2^exponent lies in (0, 1]; ``buckets`` comparisons bring it into
-    a range of ratio 4; ``guess`` starts ``steps`` Newton steps; ``error`` is the relative error."""
+    """x^(-1/root) on [lo, hi] for root 1 or 2: x / 2^exponent lies in (0, 1]; ``buckets`` comparisons bring
+    it into a range of ratio 4; ``guess`` starts ``steps`` Newton steps; ``error`` is the relative error."""
 
     root: int
     lo: float
@@ -200,7 +239,9 @@ class InversePlan:
 
 
 @lru_cache(maxsize=256)
-def plan_inverse(root: int, lo: float, hi: float, *, tolerance: float = 2e-5, direct: float = 10.0) -> InversePlan:
+def plan_inverse(
+    root: int, lo: float, hi: float, *, tolerance: float = 2e-5, direct: float = 10.0
+) -> InversePlan:
     """Plan x^(-1/root), root 1 or 2, for positive [lo, hi]; ratios above ``direct`` go through buckets.
 
     Raises:
@@ -212,7 +253,9 @@ def plan_inverse(root: int, lo: float, hi: float, *, tolerance: float = 2e-5, di
     exponent += exponent % 2 if root == 2 else 0
     top, ratio = hi / 2.0**exponent, hi / lo
     if ratio > 2.0**34:
-        raise RangeError(f"the range [{lo:g}, {hi:g}] is too wide for a reciprocal; raise epsilon or calibrate")
+        raise RangeError(
+            f"the range [{lo:g}, {hi:g}] is too wide for a reciprocal; raise epsilon or calibrate"
+        )
     buckets = 0 if ratio <= direct else math.ceil(math.log2(ratio) / _BUCKET_LOG2 - 1e-9) - 1
     bottom = top / ratio * 0.97 if buckets == 0 else top / 2.0**_BUCKET_LOG2 * 0.93
     ceiling = top * 1.04
@@ -226,19 +269,24 @@ def plan_inverse(root: int, lo: float, hi: float, *, tolerance: float = 2e-5, di
         y = y * (2 - x * y) if root == 1 else y * (3 - x * y * y) / 2
         steps += 1
         if steps > 8:
-            raise RangeError(f"the reciprocal on [{lo:g}, {hi:g}] does not converge; calibrate a narrower range")
+            raise RangeError(
+                f"the reciprocal on [{lo:g}, {hi:g}] does not converge; calibrate a narrower range"
+            )
     return InversePlan(root, lo, hi, exponent, buckets, guess, steps, error)
 
 
 async def inverse(p: Protocol, s: Session, x: Shared, plan: InversePlan) -> Shared:
     """x^(-1/root) with as many fraction bits as it has (28 + exponent / root).
 
-    Domain: [plan.lo, plan.hi]. Error: relative ``plan.error`` plus 2^-26 and half of x's own rounding; meant for one value
-    per row or group. Cost: 5 + 6 steps rounds (at most 7 more to start with more than 18 bits; with buckets 10 to 12 more).
+    Domain: [plan.lo, plan.hi]. Error: relative ``plan.error`` plus 2^-26 and half of x's own rounding; meant
+    for one value per row or group. Cost: 5 + 6 steps rounds (at most 7 more to start with more than 18 bits;
+    with buckets 10 to 12 more).
     Source: digest mpc-friendly 6.6, 6.7; own: buckets of ratio 4 by one batch of narrow comparisons.
     """
     if not x.frac + plan.exponent >= 4:
-        raise RangeError(f"a value below {plan.hi:g} has too few of its {x.frac} fraction bits left for a reciprocal")
+        raise RangeError(
+            f"a value below {plan.hi:g} has too few of its {x.frac} fraction bits left for a reciprocal"
+        )
     x = x.viewed(x.frac + plan.exponent)
     gain: Shared | None = None
     if plan.buckets:
@@ -268,7 +316,8 @@ async def _below(p: Protocol, s: Session, x: Shared, thresholds: list[float]) ->
 
 
 def _gain(p: Protocol, s: Session, low: Shared, root: int) -> Shared:
-    """1 + sum_j low_j (g^j - g^(j-1)) with g = 4^(1/root): the power of four (two) that the comparisons ask for."""
+    """1 + sum_j low_j (g^j - g^(j-1)) with g = 4^(1/root): the power of four (two) that the comparisons ask
+    for."""
     g = 4 // root
     factors = torch.tensor([g**j - g ** (j - 1) for j in range(1, low.shape[0] + 1)])
     factors = factors.reshape(-1, *([1] * (len(low.shape) - 1)))
@@ -295,11 +344,13 @@ async def _newton_rsqrt(p: Protocol, s: Session, x: Shared, y: Shared) -> Shared
     return half.viewed(_CARRIED)
 
 
-async def reciprocal(p: Protocol, s: Session, x: Shared, plan: InversePlan, *, frac: int | None = None) -> Shared:
+async def reciprocal(
+    p: Protocol, s: Session, x: Shared, plan: InversePlan, *, frac: int | None = None
+) -> Shared:
     """1 / x with ``frac`` (default: x's) fraction bits.
 
-    Domain: [plan.lo, plan.hi], positive. Error: relative 2e-5 by default, plus one ulp. Cost: as :func:`inverse`, and
-    one truncation. Source: as :func:`inverse`.
+    Domain: [plan.lo, plan.hi], positive. Error: relative 2e-5 by default, plus one ulp. Cost: as
+    :func:`inverse`, and one truncation. Source: as :func:`inverse`.
     """
     return await _inverse_of_root(p, s, x, plan, 1, frac)
 
@@ -307,8 +358,8 @@ async def reciprocal(p: Protocol, s: Session, x: Shared, plan: InversePlan, *, f
 async def rsqrt(p: Protocol, s: Session, x: Shared, plan: InversePlan, *, frac: int | None = None) -> Shared:
     """1 / sqrt(x) with ``frac`` (default: x's) fraction bits.
 
-    Domain: [plan.lo, plan.hi], positive. Error: relative 2e-5 by default, plus one ulp. Cost: as :func:`inverse`, and
-    one truncation. Source: as :func:`inverse`.
+    Domain: [plan.lo, plan.hi], positive. Error: relative 2e-5 by default, plus one ulp. Cost: as
+    :func:`inverse`, and one truncation. Source: as :func:`inverse`.
     """
     return await _inverse_of_root(p, s, x, plan, 2, frac)
 

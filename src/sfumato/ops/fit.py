@@ -1,14 +1,16 @@
-"""Fits of univariate functions as :class:`Series`: constant + linear + quadratic + a few sines, for one opening.
+"""Fits of univariate functions as :class:`Series`: constant + linear + quadratic + a few sines, for one
+opening.
 
-Fits are made once, by the client, when a plan is made; they travel in the plan as JSON numbers, so that every party
-multiplies with the same words. Source: digest mpc-friendly 6.8; own: short polynomial coefficients are rounded
-first and the sines refitted to what is left, so that rounding them costs nothing.
+Fits are made once, by the client, when a plan is made; they travel in the plan as JSON numbers, so that
+every party multiplies with the same words. Source: digest mpc-friendly 6.8; own: short polynomial
+coefficients are rounded first and the sines refitted to what is left, so that rounding them costs nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from sfumato.errors import RangeError
 from sfumato.protocol.base import Series
 
-__all__ = ["fit_series", "series_from_dict", "series_noise", "series_rows", "series_to_dict"]
+__all__ = ["fit_series", "series_bits", "series_from_dict", "series_noise", "series_to_dict"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -28,6 +30,7 @@ _CHECK_POINTS = 3001
 _CENTRE_FRAC = 8
 #: A series takes smaller coefficients only.
 _LARGEST = 8.0
+_RIDGE = 2e-5
 
 
 def series_noise(series: Series) -> float:
@@ -35,9 +38,11 @@ def series_noise(series: Series) -> float:
     return _SINE_NOISE * sum(abs(c) for c in (*series.cos, *series.sin))
 
 
-def series_rows(series: Series) -> int:
-    """64-bit words that the dealer sends per element."""
-    return 2 * len(series.cos) + (series.quadratic != 0.0)
+def series_bits(series: Series, frac: int) -> int:
+    """Bits that one evaluation at ``frac`` fraction bits sends in all, per element of Z64."""
+    squared = series.quadratic != 0.0
+    opened = 64 if squared else series.period_log2 + frac
+    return opened + 64 * (2 * len(series.cos) + squared) + 2 * 64 + (frac + Series.POLY_FRAC) + 2
 
 
 def fit_series(
@@ -53,10 +58,11 @@ def fit_series(
 ) -> Series:
     """The cheapest series for f on [lo, hi] whose error, sine noise included, is at most ``tolerance``.
 
-    ``weight`` multiplies the error before it is compared (1/|f| gives relative error). Periods are powers of two:
-    the smallest that covers the interval, and twice and four times that (a Fourier extension, for functions that
-    are not periodic). Without ``quadratic`` fewer bits are opened, so it is preferred at equal size. When nothing
-    meets the tolerance the most accurate fit is returned; its ``error`` says what it reaches.
+    ``weight`` multiplies the error before it is compared (1/|f| gives relative error). Periods are powers of
+    two: the smallest that covers the interval, and twice and four times that (a Fourier extension, for
+    functions that are not periodic). Without ``quadratic`` fewer bits are opened, so it is preferred at
+    equal size. When nothing meets the tolerance the most accurate fit is returned; its ``error`` says what
+    it reaches.
 
     Raises:
         RangeError: the interval is empty, or f is not finite on it.
@@ -77,7 +83,7 @@ def fit_series(
                     tried.append((error, series))
                     if error <= tolerance:
                         found.append(series)
-        return min(found, key=_opened) if found else None
+        return min(found, key=partial(series_bits, frac=18)) if found else None
 
     low, size = 0, 1
     chosen = attempt(size)
@@ -96,10 +102,6 @@ def fit_series(
     if not tried:
         raise RangeError(f"no series of bounded coefficients fits on [{lo:g}, {hi:g}]; narrow the range")
     return min(tried, key=lambda pair: pair[0])[1]
-
-
-def _opened(series: Series) -> float:
-    return 64.0 if series.quadratic else float(series.period_log2)
 
 
 class _Problem:
@@ -141,9 +143,13 @@ class _Problem:
         basis = torch.cat([torch.ones_like(d)[:, None], waves], 1)
         emphasis = self.w.clone()
         best: tuple[Series | None, float] = (None, math.inf)
+        ridge = _RIDGE
         for round_ in range(9):
-            c = _least_squares(basis, rest, emphasis).tolist()
-            if max(abs(v) for v in c[1:]) >= _LARGEST:
+            c = _least_squares(basis, rest, emphasis, ridge).tolist()
+            while not _small(c[1:], limit) and ridge < 0.05:
+                ridge *= 8
+                c = _least_squares(basis, rest, emphasis, ridge).tolist()
+            if not _small(c[1:], limit):
                 break
             series = Series(
                 self.lo, self.hi, self.centre, period_log2, c[0], linear, square,
@@ -151,8 +157,7 @@ class _Problem:
             )  # fmt: skip
             miss = float(((series(self.dense) - self.wanted) * self.dense_w).abs().max())
             error = miss + series_noise(series) * float(self.dense_w.max())
-            small = sum(abs(v) for v in c[1:]) <= limit
-            if small and error < best[1]:
+            if error < best[1]:
                 plain = float((series(self.dense) - self.wanted).abs().max())
                 best = (_with_error(series, plain), error)
             if error <= tolerance or (round_ == 0 and error > 6 * tolerance):
@@ -164,11 +169,16 @@ class _Problem:
         return best
 
 
-def _least_squares(basis: Tensor, y: Tensor, w: Tensor) -> Tensor:
+def _small(coefficients: Sequence[float], limit: float) -> bool:
+    sizes = [abs(v) for v in coefficients]
+    return max(sizes) < _LARGEST and sum(sizes) <= limit
+
+
+def _least_squares(basis: Tensor, y: Tensor, w: Tensor, ridge: float = _RIDGE) -> Tensor:
     """Weighted ridge least squares; the ridge keeps the coefficients of a Fourier extension small."""
     columns = basis.shape[1]
     scale = w.mean()
-    a = torch.cat([basis * (w / scale)[:, None], torch.eye(columns, dtype=torch.float64) * 2e-5])
+    a = torch.cat([basis * (w / scale)[:, None], torch.eye(columns, dtype=torch.float64) * ridge])
     b = torch.cat([y * (w / scale), torch.zeros(columns, dtype=torch.float64)])
     return torch.linalg.lstsq(a, b).solution
 

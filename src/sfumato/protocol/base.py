@@ -106,6 +106,11 @@ class Protocol(ABC):
     async def reveal(self, s: Session, x: Shared, to: tuple[int, ...]) -> Tensor | None:
         """Open to the parties ``to``: ring words there, None elsewhere."""
 
+    @abstractmethod
+    def summand(self, s: Session, x: Shared) -> Tensor:
+        """This party's fresh summand of x for a receiver outside the parties (a client): all of them add up to x, and
+        together they say nothing else. Local; the receiver gets k bits from each party."""
+
     def linear(self, f: Linear, *xs: Shared, frac: int | None = None) -> Shared:
         """Any ring-linear f of secrets of one ring, on each component. Local. ``frac`` names the result's scale if f changes it."""
         ring = self._same_ring(*xs)

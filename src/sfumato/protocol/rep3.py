@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.protocol.base import Bilinear, Linear, Protocol, Series, Window
 from sfumato.protocol.rep3_bits import bits_to_words, less_bits
-from sfumato.protocol.rep3_close import Additive, close, open_product
+from sfumato.protocol.rep3_close import Additive, close, open_product, zero_share
 from sfumato.protocol.rep3_evaluate import evaluate
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import Ring, Secret, Shared, TruncationError
@@ -67,6 +67,10 @@ class Rep3(Protocol):
             return None
         return _plus(x.ring, _plus(x.ring, x.parts[0], x.parts[1]), got[0])
 
+    def summand(self, s: Session, x: Shared) -> Tensor:
+        """x_i plus a zero share, so that the three summands are uniform but for their sum. Leaks: nothing else."""
+        return _plus(x.ring, x.parts[0], zero_share(s, x.ring, x.shape))
+
     # ---- local --------------------------------------------------------------------------------------------------
 
     def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
@@ -100,10 +104,7 @@ class Rep3(Protocol):
         (a, b), (c, d) = x.parts, y.parts
         z = _plus(ring, f(a, _plus(ring, c, d)), f(b, c))
         shape = tuple(z.shape)
-        r = s.role
-        ahead = s.prg("zero", tuple(sorted((r, (r + 1) % 3))), ring, shape)  # type: ignore[arg-type]
-        behind = s.prg("zero", tuple(sorted((r, (r + 2) % 3))), ring, shape)  # type: ignore[arg-type]
-        z = _plus(ring, z, _minus(ring, ahead, behind))
+        z = _plus(ring, z, zero_share(s, ring, shape))
         before, after = (s.party - 1) % 3, (s.party + 1) % 3
         (other,) = await s.exchange(
             [Send(before, "z", z, ring.bits)], [Receive(after, "z", shape, ring.dtype, ring.bits)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.protocol.base import Window, plane_bytes
-from sfumato.protocol.rep3_close import reshare
+from sfumato.protocol.rep3_close import reshare, zero_share
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
 
@@ -88,9 +88,7 @@ async def _and(s: Session, x: Shared, y: Shared) -> Shared:
     (a, b), (c, d) = x.parts, y.parts
     shape, r = x.shape, s.role
     nxt, prv = (r + 1) % 3, (r + 2) % 3
-    ahead = s.prg("zero", (min(r, nxt), max(r, nxt)), B8, shape)
-    behind = s.prg("zero", (min(r, prv), max(r, prv)), B8, shape)
-    z = (a & (c ^ d)) ^ (b & c) ^ ahead ^ behind
+    z = (a & (c ^ d)) ^ (b & c) ^ zero_share(s, B8, shape)
     (other,) = await s.exchange(
         [Send(s.at(prv), "z", z, 8)], [Receive(s.at(nxt), "z", shape, torch.uint8, 8)]
     )

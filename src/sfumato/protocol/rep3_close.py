@@ -15,7 +15,15 @@ from sfumato.protocol.base import Bilinear, Linear
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
 
-__all__ = ["Additive", "close", "open_product", "reshare"]
+__all__ = ["Additive", "close", "open_product", "reshare", "zero_share"]
+
+
+def zero_share(s: Session, ring: Ring, shape: tuple[int, ...]) -> Tensor:
+    """This party's summand of zero: its stream with the next role minus (or xor) its stream with the one before. Local."""
+    after, before = (s.role + 1) % 3, (s.role + 2) % 3
+    ahead = s.prg("zero", (min(s.role, after), max(s.role, after)), ring, shape)
+    behind = s.prg("zero", (min(s.role, before), max(s.role, before)), ring, shape)
+    return ahead - behind if ring.kind == "Z" else ahead ^ behind
 
 
 @dataclass(frozen=True, slots=True)

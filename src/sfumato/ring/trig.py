@@ -78,8 +78,10 @@ def harmonics(words: Tensor, period_bits: int, count: int) -> tuple[Tensor, Tens
     cosines, sines = _table()
     c0, s0 = cosines[high], sines[high]
     # The small angle in units of 2^-44 (it is below 2*pi/2^11, so products stay far below 2^63).
-    small = phase & ((1 << low_bits) - 1)
-    angle = (small * (_two_pi(62 - low_bits) >> _TABLE_BITS)) >> 18
+    # Of a long period its top 31 bits are enough, and leave 2*pi more than 22 bits of its own.
+    spare = max(low_bits - 31, 0)
+    small = (phase & ((1 << low_bits) - 1)) >> spare
+    angle = (small * (_two_pi(62 - low_bits + spare) >> _TABLE_BITS)) >> 18
     a30 = angle >> 14
     square = (a30 * a30) >> SCALE_BITS
     cos_small = (1 << SCALE_BITS) - (square >> 1)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sfumato.errors import JobError
+from sfumato.errors import JobError, RangeError
+from sfumato.graph.certificate import Certificate, watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode, encode_scalar
@@ -59,16 +60,20 @@ class Backend(ABC):
     protocol: str
     device = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, *, certify: bool = True) -> None:
         self._client_bytes = 0
         self._setup_bytes = 0
         self._secret_weights: dict[str, dict[str, str]] = {}
+        self._plans: dict[str, Plan] = {}
+        self._called: set[str] = set()
+        self._certify = certify
         self._started = time.monotonic()
 
     # ---- the calls ----------------------------------------------------------------------------------------------
 
     def load(self, name: str, plan: Plan) -> None:
         """Give the parties a plan and its weights: public words to all, or shares of secret ones."""
+        self._plans[name] = plan
         values = load_side(plan)
         public = {n: t.contiguous() for n, t in values.publics.items()}
         items = tuple(WeightSpec(n, str(Z64), 0, tuple(t.shape)) for n, t in public.items())
@@ -102,6 +107,7 @@ class Backend(ABC):
     ) -> None:
         """Run a loaded plan once; ``path`` is new in this session. Outputs become handles."""
         held = self._secret_weights.get(name, {})
+        self._called.add(name)
         self._command(Call(name, path, {**held, **inputs}, dict(publics), tuple(outputs)))
 
     def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
@@ -121,6 +127,23 @@ class Backend(ABC):
             return torch.zeros(components[0].shape, dtype=torch.float64)
         words = components[0] if len(components) == 1 else Rep3.combine(components, Z64)
         return decode(words, frac)
+
+    def check_ranges(self, name: str) -> None:
+        """Learn, at the client alone, whether the calls of a plan so far stayed in its calibrated ranges.
+
+        Raises:
+            RangeError: names the layers whose samples were outside; the results of these calls are not to be trusted.
+        """
+        plan = self._plans[name]
+        if not self._certify or not watched(plan) or name not in self._called:
+            return
+        counts = self.reveal(f"{name}:ranges", 0)
+        failed = Certificate.failed(plan, counts.tolist())
+        if failed:
+            raise RangeError(
+                f"{len(failed)} layers left the range that {plan.program.title} was calibrated for, {failed[0]} first; "
+                "calibrate on inputs like this one"
+            )
 
     def drop(self, *handles: str) -> None:
         """Forget values at the parties."""
@@ -218,7 +241,7 @@ class Lockstep(Backend):
     """All parties in this process, in one thread: ``simulate``, ``plain`` and ``meta``."""
 
     def __init__(self, kind: str, options: Mapping[str, Any], *, seed: bytes | None = None) -> None:
-        super().__init__()
+        super().__init__(certify=bool(options.get("certificate", True)))
         self.protocol = "plain" if kind == "plain" else str(options.get("protocol", "rep3"))
         self.device = "meta" if kind == "meta" else "cpu"
         count = 1 if self.protocol == "plain" else 3
@@ -266,7 +289,7 @@ class Remote(Backend):
         from sfumato.runtime.cluster import Cluster
         from sfumato.runtime.local import LocalCluster
 
-        super().__init__()
+        super().__init__(certify=bool(options.get("certificate", True)))
         self.protocol = str(options.get("protocol", "rep3"))
         self._local: LocalCluster | None = None
         if cluster is None:

@@ -37,12 +37,16 @@ def package_version() -> str:
 
 def run_terms(run: str, client: str, options: Mapping[str, Any], extra: Mapping[str, str]) -> dict[str, str]:
     """What all parties must have in common, as flat text; each difference is reported by its key."""
-    from sfumato.ring.prg import ALGORITHM  # imports torch
+    from sfumato.ops.tiles import DEFAULT_TILES  # these import torch
+    from sfumato.ring.prg import ALGORITHM
+    from sfumato.ring.trig import table_digest
 
     terms = {
         "protocol version": str(PROTOCOL_VERSION),
         "package version": package_version(),
         "random streams": ALGORITHM,
+        "integer sines": str(table_digest()),
+        "tiles": str(DEFAULT_TILES),
         "run": run,
         "client": client,
     }

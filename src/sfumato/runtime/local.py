@@ -174,7 +174,7 @@ class LocalCluster:
         except LinkError:
             for index, process in enumerate(self._processes):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
+                    process.wait(0.3)
                     raise self._not_started(index) from None
             raise
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import JobError
+from sfumato.graph.certificate import Certificate, watched
 from sfumato.graph.execute import execute
 from sfumato.graph.plan import Plan
 from sfumato.link.base import Link
@@ -58,9 +59,11 @@ class PartyMachine:
         self._link = link
         self._device = device
         self._stall_s = float(options.get("stall_s", _DEFAULT_STALL_S))
+        self._certify = bool(options.get("certificate", True))
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
         self._handles: dict[str, Shared] = {}
+        self._reveals = 0
         self._plans: dict[str, tuple[Plan, Mapping[str, Tensor]]] = {}
 
     # ---- commands -----------------------------------------------------------------------------------------------
@@ -94,7 +97,10 @@ class PartyMachine:
                 case Affine():
                     self._handles[command.handle] = await self._affine(command)
                 case Reveal():
-                    reply = ({}, [self._component(command.handle)])
+                    x = self._get(command.handle)
+                    self._reveals += 1
+                    session = self._root.fork(f"reveal{self._reveals}")
+                    reply = ({}, [self.protocol.summand(session, x)])
                 case Drop():
                     self._get(command.handle)
                     del self._handles[command.handle]
@@ -156,12 +162,20 @@ class PartyMachine:
         plan, held = self._plans[command.name]
         secrets = {argument: self._get(handle) for argument, handle in command.inputs.items()}
         session = self._root.fork(command.path)
-        outputs = await execute(self.protocol, session, plan, secrets, command.publics, held)
+        certificate = Certificate(self.protocol, plan) if self._certify and watched(plan) else None
+        outputs = await execute(
+            self.protocol, session, plan, secrets, command.publics, held, certificate=certificate
+        )
         if len(outputs) != len(command.outputs):
             raise JobError(
                 f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named"
             )
         self._handles.update(zip(command.outputs, outputs, strict=True))
+        if certificate is not None:
+            found = await certificate.violations(session.fork("certificate", row=True))
+            handle = f"{command.name}:ranges"
+            so_far = self._handles.get(handle)
+            self._handles[handle] = found if so_far is None else self.protocol.add(so_far, found)
 
     async def _affine(self, command: Affine) -> Shared:
         p = self.protocol
@@ -194,17 +208,6 @@ class PartyMachine:
         if term.start is None:
             return x
         return self.protocol.linear(lambda part: part[term.start : term.stop], x)
-
-    def _component(self, handle: str) -> Tensor:
-        """This party's first component, re-randomized: the client learns the sum and nothing of how it came about."""
-        x = self._get(handle)
-        if self.protocol.parties == 1:
-            return x.parts[0]
-        session = self._root.fork(f"reveal/{handle}")
-        me, nxt, prv = self.party, (self.party + 1) % 3, (self.party + 2) % 3
-        ahead = session.prg("zero", (min(me, nxt), max(me, nxt)), x.ring, x.shape)
-        behind = session.prg("zero", (min(me, prv), max(me, prv)), x.ring, x.shape)
-        return x.parts[0] + ahead - behind
 
     def _get(self, handle: str) -> Shared:
         if handle not in self._handles:

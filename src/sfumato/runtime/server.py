@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sfumato.errors import JobError, LinkError, SfumatoError
 from sfumato.link.base import CLIENT, Link, PeerAbort, public_text
-from sfumato.link.identity import Credentials, answer, dial, listen, party_identity, refuse, welcome
+from sfumato.link.identity import (
+    Credentials,
+    answer,
+    dial,
+    fingerprint_of,
+    listen,
+    party_identity,
+    refuse,
+    welcome,
+)
 from sfumato.link.tls import LinkLimits, TlsLink
 from sfumato.runtime.cluster import Cluster, Member
 
@@ -156,6 +165,13 @@ class PartyServer:
         if identity not in callers or not isinstance(run, str) or not _RUN.match(run):
             refuse(sock, f"party {self.index} takes no call from {identity} here")
             raise LinkError(f"a call from {public_text(identity)} is not expected here")
+        pinned = self.cluster.parties[callers[identity]].fingerprint
+        if pinned is not None and pinned != fingerprint_of(sock):
+            refuse(
+                sock,
+                f"the certificate of {identity} is not the one in the cluster file of party {self.index}",
+            )
+            raise LinkError(f"{identity} shows a certificate that is not the one in the cluster file")
         key = (run, callers[identity])
         with self._lobby:
             if key in self._waiting or len(self._waiting) >= _MAX_GREETINGS:
@@ -391,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except SfumatoError as error:
         print(f"sfumato party {options.index}: {error}", file=sys.stderr, flush=True)
+        if options.child:
+            os._exit(1)  # at once, without taking torch down: the parent is waiting for the reason
         return 1
     except KeyboardInterrupt:
         pass

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 NUM_CLASSES = 20
 FEATURES = 96
+SHIFTS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
 
 
 class Judge(nn.Module):
@@ -39,18 +40,23 @@ class Judge(nn.Module):
         return self.head(functional.dropout(self.features(images), 0.2, self.training))
 
     def _batches(self, images: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+        self.eval()
         yield from as_judged(images).split(size)
+
+    def _views(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean log-probabilities over the image itself and the image moved by one pixel each way."""
+        padded = functional.pad(images, (1, 1, 1, 1))
+        views = [padded[:, :, dy : dy + 28, dx : dx + 28] for dy, dx in SHIFTS]
+        return torch.stack([self(view).log_softmax(1) for view in views]).mean(0)
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
         """Class numbers (N,) of images (N, [1,] 28 or 32, 28 or 32): bytes, or floats in [0, 1]."""
-        self.eval()
-        return torch.cat([self(x).argmax(1) for x in self._batches(images, batch)])
+        return torch.cat([self._views(x).argmax(1) for x in self._batches(images, batch)])
 
     @torch.no_grad()
     def extract(self, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
         """Feature vectors (N, 96) of the same kinds of images as ``classify`` takes."""
-        self.eval()
         return torch.cat([self.features(x) for x in self._batches(images, batch)])
 
 

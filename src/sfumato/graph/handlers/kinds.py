@@ -1,4 +1,5 @@
-"""What a handler is: how one ATen call runs on secrets, what calibration measures of it, which method the plan chooses."""
+"""What a handler is: how one ATen call runs on secrets, what calibration measures of it, which method the
+plan chooses."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Stats = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user chose for a whole plan. ``margin`` widens calibrated ranges: 1.25 adds a quarter on each side."""
+    """What a user chose for a whole plan. ``margin`` widens calibrated ranges: 1.25 adds a quarter on each
+    side."""
 
     secret: str = "inputs"
     profile: str = "precise"
@@ -50,13 +52,16 @@ class Context:
         return self.choices.get(node.name, {})
 
 
-#: ``run(context, session, node, args, kwargs)``; secrets come as Shared, public tensors as Tensor, the rest as captured.
+#: ``run(context, session, node, args, kwargs)``; secrets come as Shared, public tensors as Tensor, the rest
+#: as captured.
 Run = Callable[[Context, Session, Node, tuple[Any, ...], Mapping[str, Any]], Awaitable[Any]]
-#: ``measure(args, kwargs, out)`` of one float call; keys that start with ``lo_`` merge by min, with ``hi_`` by max.
+#: ``measure(args, kwargs, out)`` of one float call; keys that start with ``lo_`` merge by min, with ``hi_``
+#: by max.
 Measure = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], dict[str, float]]
 #: ``choose(node, stats, options)``; a JSON-able dict, stored in the plan and hashed with it.
 Choose = Callable[[Node, Stats, Options], dict[str, Any]]
-#: ``supports(node, secret)``: one flag per entry of ``node.args`` (a nested argument is secret if any part is), kwargs after;
+#: ``supports(node, secret)``: one flag per entry of ``node.args`` (a nested argument is secret if any part
+#: is), kwargs after;
 #: a sentence on what does not work, or None.
 Supports = Callable[[Node, tuple[bool, ...]], str | None]
 

@@ -25,13 +25,14 @@ Kwargs = Mapping[str, Any]
 Value = Shared | Tensor
 
 
-# ---- products -------------------------------------------------------------------------------------------------
+# ---- products ----------------------------------------------------------------------------------------------
 
 
 async def product(
     ctx: Context, s: Session, f: Bilinear, x: Value, y: Value, shape: tuple[int, ...]
 ) -> Shared:
-    """Any bilinear f of a secret with a secret or public reals, one truncation; exact and lighter for words of frac 0."""
+    """Any bilinear f of a secret with a secret or public reals, one truncation; exact and lighter for words
+    of frac 0."""
     p = ctx.protocol
     if isinstance(x, Shared) and isinstance(y, Shared):
         if 0 in (x.frac, y.frac):
@@ -88,7 +89,9 @@ async def _addmm(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
         z = await product(ctx, s.fork("product"), kernels.matmul, x, y, node.shape)
         z = z if alpha == 1.0 else await basic.scale(p, s.fork("alpha"), z, alpha)
         return z if beta == 0.0 else basic.add(p, s, z, bias)
-    return await basic.matmul(p, s, x, y, factor=alpha, plus=None if beta == 0.0 else _at_plan_scale(ctx, bias))
+    return await basic.matmul(
+        p, s, x, y, factor=alpha, plus=None if beta == 0.0 else _at_plan_scale(ctx, bias)
+    )
 
 
 async def _times(ctx: Context, s: Session, x: Any, c: float) -> Any:
@@ -119,7 +122,7 @@ def _few_operands(node: Node, secret: tuple[bool, ...]) -> str | None:
     return "einsum of more than two operands; split it into pairs" if len(node.args[1]) > 2 else None
 
 
-# ---- convolutions ---------------------------------------------------------------------------------------------
+# ---- convolutions ------------------------------------------------------------------------------------------
 
 
 def _each(value: Any, axes: int, default: int) -> tuple[int, ...]:
@@ -133,7 +136,9 @@ def _each(value: Any, axes: int, default: int) -> tuple[int, ...]:
 def _geometry(node: Node, args: Args) -> basic.Conv:
     axes = len(node.shape) - 2
     stride, padding, dilation, groups = (*args[3:7], *(None,) * (7 - len(args)))[:4]
-    return basic.Conv(_each(stride, axes, 1), _each(padding, axes, 0), _each(dilation, axes, 1), int(groups or 1))
+    return basic.Conv(
+        _each(stride, axes, 1), _each(padding, axes, 0), _each(dilation, axes, 1), int(groups or 1)
+    )
 
 
 async def _conv(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -156,7 +161,8 @@ def _column(ctx: Context, bias: Value, rank: int) -> Value:
 
 
 async def _conv_transpose(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    """conv_transpose(x, w, bias, stride, padding, output_padding, groups, dilation) as a convolution of spread-out x."""
+    """conv_transpose(x, w, bias, stride, padding, output_padding, groups, dilation) as a convolution of
+    spread-out x."""
     x, w = _at_plan_scale(ctx, args[0]), args[1]
     bias, stride, padding, extra, _, dilation = (*args[2:8], *(None,) * (8 - len(args)))[:6]
     axes = len(node.shape) - 2
@@ -164,7 +170,10 @@ async def _conv_transpose(ctx: Context, s: Session, node: Node, args: Args, kwar
         _each(v, axes, d) for v, d in ((stride, 1), (padding, 0), (extra, 0), (dilation, 1))
     )
     kernel = tuple(w.shape[2:])
-    edges = [(d * (k - 1) - q, d * (k - 1) - q + e) for d, k, q, e in zip(dilation, kernel, padding, extra, strict=True)]
+    edges = [
+        (d * (k - 1) - q, d * (k - 1) - q + e)
+        for d, k, q, e in zip(dilation, kernel, padding, extra, strict=True)
+    ]
 
     def spread(t: Tensor) -> Tensor:
         size = [(n - 1) * st + 1 for n, st in zip(t.shape[2:], stride, strict=True)]
@@ -190,7 +199,7 @@ def _one_group(node: Node, secret: tuple[bool, ...]) -> str | None:
     return "a grouped transposed convolution is not supported" if groups != 1 else None
 
 
-# ---- elementwise ----------------------------------------------------------------------------------------------
+# ---- elementwise -------------------------------------------------------------------------------------------
 
 
 def _wide(ctx: Context, x: Any, shape: tuple[int, ...]) -> Any:
@@ -201,15 +210,21 @@ def _wide(ctx: Context, x: Any, shape: tuple[int, ...]) -> Any:
 
 
 async def _add(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    return await _sum_of(ctx, s, node, args[0], args[1], float(kwargs.get("alpha", args[2] if len(args) > 2 else 1)))
+    return await _sum_of(
+        ctx, s, node, args[0], args[1], float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
+    )
 
 
 async def _sub(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    return await _sum_of(ctx, s, node, args[0], args[1], -float(kwargs.get("alpha", args[2] if len(args) > 2 else 1)))
+    return await _sum_of(
+        ctx, s, node, args[0], args[1], -float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
+    )
 
 
 async def _rsub(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    return await _sum_of(ctx, s, node, args[1], args[0], -float(kwargs.get("alpha", args[2] if len(args) > 2 else 1)))
+    return await _sum_of(
+        ctx, s, node, args[1], args[0], -float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
+    )
 
 
 async def _sum_of(ctx: Context, s: Session, node: Node, x: Any, y: Any, alpha: float) -> Shared:
@@ -233,7 +248,8 @@ async def _mul(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
 
 
 async def _div(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    """x / c for public c: IEEE division is the same on every machine, so the parties may invert c themselves."""
+    """x / c for public c: IEEE division is the same on every machine, so the parties may invert c
+    themselves."""
     x, c = _at_plan_scale(ctx, args[0]), args[1]
     inverse = 1.0 / (c.to(torch.float64) if isinstance(c, Tensor) else float(c))
     return await basic.scale(ctx.protocol, s, x, inverse)

@@ -1,4 +1,5 @@
-"""Calls that only move, copy or sum elements: on words they are the ATen calls themselves, local and exact."""
+"""Calls that only move, copy or sum elements: on words they are the ATen calls themselves, local and
+exact."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def _replaced(arg: Any, values: Iterator[Any]) -> Any:
 
 
 def local(ctx: Context, s: Session, call: Callable[[Args], Tensor], args: Args) -> Shared:
-    """Any linear ``call`` on the tensors of ``args``, secret and public alike: L(x, c) = L(x, 0) + L(0, c)."""
+    """Any linear ``call`` on the tensors of ``args``, secret and public alike: L(x, c) = L(x, 0) + L(0,
+    c)."""
     p, tensors = ctx.protocol, list(tensors_of(args))
     frac = max(x.frac for x in tensors if isinstance(x, Shared))
     tensors = [p.lift(x, frac) if isinstance(x, Shared) else x for x in tensors]
@@ -54,12 +56,19 @@ def local(ctx: Context, s: Session, call: Callable[[Args], Tensor], args: Args) 
     out = p.linear(on_parts, *secrets)
     if len(secrets) == len(tensors):
         return out
-    known = [_zeros(x.shape, device=s.device, dtype=x.ring.dtype) if isinstance(x, Shared) else p.encode(secrets[0], x, frac)
-             for x in tensors]  # fmt: skip
+
+    def words(x: Shared | Tensor) -> Tensor:
+        if isinstance(x, Shared):
+            return _zeros(x.shape, device=s.device, dtype=x.ring.dtype)
+        return p.encode(secrets[0], x, frac)
+
+    known = [words(x) for x in tensors]
     return p.add_public(s, out, call(tuple(_replaced(args, iter(known)))))
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor | None = None, *, device: Any = None, dtype: Any = None) -> Tensor:
+def _zeros(
+    shape: tuple[int, ...], like: Tensor | None = None, *, device: Any = None, dtype: Any = None
+) -> Tensor:
     if like is not None:
         device, dtype = like.device, like.dtype
     return torch.zeros(tuple(shape), dtype=dtype, device=device)
@@ -75,7 +84,8 @@ def _moves(target: str) -> Handler:
 
 
 def _gathered(target: str) -> Handler:
-    """Any call whose every result is one element of its first argument or zero, by the positions of the elements."""
+    """Any call whose every result is one element of its first argument or zero, by the positions of the
+    elements."""
     function = resolve(target)
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -110,7 +120,7 @@ def _with_index(target: str, position: int) -> Handler:
 
     def supports(node: Node, secret: tuple[bool, ...]) -> str | None:
         if len(secret) > position and secret[position]:
-            return "reads at positions that are secret; name the argument in client_known= if the client knows it"
+            return "reads at secret positions; use client_known= if the client knows them"
         return None
 
     return Handler(run, supports=supports, local=True)
@@ -124,7 +134,7 @@ def _on(arg: Any, part: Tensor) -> Any:
     return arg
 
 
-# ---- padding --------------------------------------------------------------------------------------------------
+# ---- padding -----------------------------------------------------------------------------------------------
 
 
 async def _constant_pad(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -145,7 +155,7 @@ async def _pad(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
     return shared
 
 
-# ---- sums and means -------------------------------------------------------------------------------------------
+# ---- sums and means ----------------------------------------------------------------------------------------
 
 
 def _dims(node: Node, args: Args) -> tuple[list[int] | None, bool]:
@@ -183,7 +193,7 @@ async def _diff(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs
     return ctx.protocol.linear(lambda part: torch.diff(part, *args[1:3]), args[0])
 
 
-# ---- choices by a mask ----------------------------------------------------------------------------------------
+# ---- choices by a mask -------------------------------------------------------------------------------------
 
 
 async def _where(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -211,9 +221,12 @@ async def _where(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
 
     device = s.device
     values = tuple(v if isinstance(v, Shared) else _public(v).to(device) for v in (x, y))
-    masked = [v if isinstance(v, Shared) else torch.where(mask == (i == 0), v, torch.zeros((), dtype=v.dtype, device=device))
-              for i, v in enumerate(values)]  # fmt: skip
-    return local(ctx, s, pick, tuple(masked))
+
+    def masked(i: int, v: Shared | Tensor) -> Shared | Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return v if isinstance(v, Shared) else torch.where(mask == (i == 0), v.to(zero.dtype), zero)
+
+    return local(ctx, s, pick, tuple(masked(i, v) for i, v in enumerate(values)))
 
 
 def _public(value: Any) -> Tensor:
@@ -228,28 +241,28 @@ async def _masked_fill(ctx: Context, s: Session, node: Node, args: Args, kwargs:
 def _finite_fill(node: Node, secret: tuple[bool, ...]) -> str | None:
     huge = [a for a in node.args if isinstance(a, float) and abs(a) > 2**20]
     if huge:
-        return f"fills a secret with {huge[0]:g}, which fixed point cannot hold; use scaled_dot_product_attention with a mask"
+        return f"fills a secret with {huge[0]:g}, too large for fixed point; use attention with a mask"
     return None
 
 
-# ---- the table ------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
-_MOVES = (
-    "reshape.default", "permute.default", "transpose.int", "t.default", "unsqueeze.default", "squeeze.default",
-    "squeeze.dim", "squeeze.dims", "expand.default", "expand_as.default", "slice.Tensor", "select.int", "cat.default",
-    "stack.default", "flatten.using_ints", "unflatten.int", "repeat.default", "roll.default", "flip.default",
-    "movedim.int", "movedim.intlist", "narrow.default", "pixel_shuffle.default", "pixel_unshuffle.default",
-    "channel_shuffle.default", "swapaxes.default", "swapdims.default", "moveaxis.int", "numpy_T.default", "mT.default",
-    "concat.default", "concatenate.default", "hstack.default", "vstack.default", "atleast_1d.default", "view_as.default",
-    "reshape_as.default", "tile.default", "broadcast_to.default", "repeat_interleave.self_int", "unfold.default",
-    "select_scatter.default", "slice_scatter.default", "diagonal.default", "tril.default", "triu.default", "rot90.default",
-    "adjoint.default", "matrix_H.default", "unsqueeze_copy.default",
-)  # fmt: skip
-_GATHERED = (
-    "upsample_nearest2d.vec", "upsample_nearest2d.default", "upsample_nearest1d.vec", "upsample_nearest1d.default",
-    "upsample_nearest3d.vec", "_upsample_nearest_exact2d.vec", "reflection_pad1d.default", "reflection_pad2d.default",
-    "replication_pad1d.default", "replication_pad2d.default", "im2col.default",
-)  # fmt: skip
+_MOVES = """
+    reshape.default permute.default transpose.int t.default unsqueeze.default squeeze.default
+    squeeze.dim squeeze.dims expand.default expand_as.default slice.Tensor select.int cat.default
+    stack.default flatten.using_ints unflatten.int repeat.default roll.default flip.default movedim.int
+    movedim.intlist narrow.default pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default
+    swapaxes.default swapdims.default moveaxis.int numpy_T.default mT.default concat.default
+    concatenate.default hstack.default vstack.default atleast_1d.default view_as.default
+    reshape_as.default tile.default broadcast_to.default repeat_interleave.self_int unfold.default
+    select_scatter.default slice_scatter.default diagonal.default tril.default triu.default
+    rot90.default adjoint.default matrix_H.default
+""".split()
+_GATHERED = """
+    upsample_nearest2d.vec upsample_nearest2d.default upsample_nearest1d.vec upsample_nearest1d.default
+    upsample_nearest3d.vec _upsample_nearest_exact2d.vec reflection_pad1d.default
+    reflection_pad2d.default replication_pad1d.default replication_pad2d.default im2col.default
+""".split()
 _PAD_BY_POSITION = _gathered("aten.pad.default")
 
 HANDLERS_SHAPES: dict[str, Handler] = {

@@ -1,0 +1,99 @@
+"""A cheap check, under the protocol, that a run stayed in the ranges its plan was calibrated for.
+
+A few random elements of every interactive call's result are compared with the calibrated bound, all at once
+at the end
+of the call; the client alone learns how many of each call's samples were outside. Sampling misses rare
+outliers: with n samples a call, a share q of violations goes unseen with probability (1 - q)^n.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.graph.handlers import HANDLERS
+from sfumato.graph.plan import Plan
+from sfumato.graph.program import Node
+from sfumato.protocol.base import Protocol, Window
+from sfumato.ring.prg import stream_words
+from sfumato.session.session import Session
+from sfumato.types import Z64, Shared
+
+__all__ = ["SAMPLES", "Certificate", "watched"]
+
+#: Elements looked at per call.
+SAMPLES = 8
+_WINDOW = Window(8, 40)
+_PUBLIC = hashlib.blake2b(b"sfumato certificate positions", digest_size=32).digest()
+
+
+def watched(plan: Plan) -> list[str]:
+    """Names of the calls that a certificate of this plan looks at, in its order."""
+    return [n.name for n in plan.secret_nodes if _bound(plan, n) is not None]
+
+
+def _bound(plan: Plan, node: Node) -> float | None:
+    """The largest |result| that calibration allows for, margin included; None for local calls and unmeasured ones."""
+    highest = plan.calibration.of(node).get("hi_out", 0.0)
+    return None if highest <= 0.0 or HANDLERS[node.target].local else highest * plan.options.margin
+
+
+class Certificate:
+    """Collects samples while a plan runs and compares them at the end."""
+
+    def __init__(self, protocol: Protocol, plan: Plan) -> None:
+        self._protocol = protocol
+        self._plan = plan
+        self._samples: dict[str, Shared] = {}
+
+    def look(self, session: Session, node: Node, value: Any) -> None:
+        """Keep a few elements of a call's result. Local; the positions are public and differ from call to call."""
+        if not isinstance(value, Shared) or _bound(self._plan, node) is None:
+            return
+        label = f"{session.path}/{node.name}|certificate"
+        numbers = stream_words(_PUBLIC, label, Z64, (SAMPLES,)) & ((1 << 62) - 1)
+        positions = numbers % value.type.numel
+
+        def pick(part: Tensor) -> Tensor:
+            return part.reshape(-1)[positions.to(part.device)]
+
+        self._samples[node.name] = self._protocol.linear(pick, value)
+
+    async def violations(self, session: Session) -> Shared:
+        """Samples outside their bounds per watched call; shape (calls,), whole numbers, still secret.
+
+        Cost: one comparison of 40 bits and one conversion for 2 * SAMPLES elements a call, all in one batch.
+        """
+        p = self._protocol
+        names = watched(self._plan)
+        picked = [self._aligned(name) for name in names]
+        values = p.linear(lambda *parts: torch.stack(parts), *picked)  # (calls, SAMPLES)
+        limits = torch.tensor(
+            [_bound(self._plan, n) for n in self._plan.secret_nodes if n.name in self._samples]
+        )
+        bounds = p.encode(values, limits.to(torch.float64).unsqueeze(1))
+        room = p.linear(lambda part: torch.stack([part, -part]), values)
+        outside = await p.less_than_zero(session, p.add_public(session, room, bounds), _WINDOW)
+        return p.linear(lambda part: part.sum((0, 2)), outside)
+
+    def _aligned(self, name: str) -> Shared:
+        value = self._samples[name]
+        return (
+            self._protocol.lift(value, self._plan.options.frac)
+            if value.frac < self._plan.options.frac
+            else value
+        )
+
+    @staticmethod
+    def failed(plan: Plan, counts: Sequence[float]) -> list[str]:
+        """One line per call that left its range."""
+        where = {n.name: n.module_path or "the root" for n in plan.secret_nodes}
+        return [
+            f"{name} at {where[name]} ({int(count)} of {SAMPLES} samples)"
+            for name, count in zip(watched(plan), counts, strict=True)
+            if count > 0
+        ]

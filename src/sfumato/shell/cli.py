@@ -1,0 +1,277 @@
+"""The ``sfumato`` command. Heavy imports happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import ssl
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+from sfumato.errors import JobError, SfumatoError
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+app = typer.Typer(
+    name="sfumato",
+    help="Private generative AI: prompts in, images out, and no machine that computes sees either.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+cluster_app = typer.Typer(help="Who computes: keys, certificates and the cluster file.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+
+def _clean(command: Callable[P, None]) -> Callable[P, None]:
+    """Errors of ours become one line and exit code 2; Ctrl-C ends quietly."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except SfumatoError as error:
+            print(f"sfumato: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("sfumato: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            print(f"sfumato {version('sfumato')}")
+        except PackageNotFoundError:
+            print("sfumato (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+Model = Annotated[str, typer.Option(help="'embedded', a StableDiffusionPipeline folder, or a hub id.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale. [default: the embedded model's, else 7.5]")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise: the same image as diffusers gives for it.")]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend", help="local: three processes over TLS; simulate: one thread; plain: no secrecy."
+    ),
+]
+Profile = Annotated[str, typer.Option(help="precise, fast, or the approximations of a paper.")]
+Secret = Annotated[str, typer.Option(help="inputs, or inputs+weights.")]
+Size = Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")]
+
+
+def _guidance(model: str, given: float | None) -> float:
+    if given is not None:
+        return given
+    from sfumato.zoo import RECOMMENDED_GUIDANCE
+
+    return RECOMMENDED_GUIDANCE if model == "embedded" else 7.5
+
+
+@app.command()
+@_clean
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")] = "a handwritten seven",
+    steps: Steps = 10,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    backend: BackendName = "local",
+    profile: Profile = "precise",
+    model: Model = "embedded",
+    out: Annotated[Path, typer.Option(help="Folder for the image, the report and the pictures.")] = Path(
+        "sfumato-demo"
+    ),
+) -> None:
+    """Draw one image privately with the embedded model, three parties on this machine.
+
+    Example: `sfumato demo "a sneaker" --steps 20`
+    """
+    from sfumato.shell.demo import Demo, run_demo
+
+    asked = Demo(
+        prompt=prompt,
+        steps=steps,
+        guidance=_guidance(model, guidance),
+        seed=seed,
+        backend=backend,
+        profile=profile,
+        model=model,
+        out=out,
+    )
+    run_demo(asked, Console())
+
+
+@app.command()
+@_clean
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Model = "embedded",
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    seed: Seed = 0,
+    height: Size = None,
+    width: Size = None,
+    secret: Secret = "inputs",
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file of three real parties.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="Your certificate's folder. [default: that of the file]")
+    ] = None,
+    profile: Profile = "precise",
+    backend: BackendName = "local",
+    out: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("image.png"),
+    report: Annotated[Path | None, typer.Option(help="Also write the cost report, as JSON, here.")] = None,
+) -> None:
+    """Draw an image privately.
+
+    Example: `sfumato generate "a boat at dawn" --model ./stable-diffusion-v1-5 --steps 20 --out boat.png`
+
+    With three hosts: `sfumato generate "a boat" --cluster ours/client/cluster.toml`
+    """
+    if not out.parent.is_dir():
+        raise JobError(f"there is no folder {out.parent} for the image")
+    import torch
+
+    from sfumato.diffusion.pipeline import SecurePipeline
+    from sfumato.shell.report import cost_table
+
+    pipe = SecurePipeline.from_pretrained(
+        model, secret=secret, profile=profile, cluster=cluster, keys=keys, backend=backend
+    )
+    output = pipe(
+        prompt,
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=_guidance(model, guidance),
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    output.images[0].save(out)
+    if report is not None:
+        report.write_text(output.report.to_json(), encoding="utf-8")
+    Console().print(cost_table(output.report), f"image: {out}")
+
+
+@app.command()
+@_clean
+def estimate(
+    model: Annotated[str, typer.Argument(help="'embedded', a folder, or a hub id.")] = "embedded",
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    height: Size = None,
+    width: Size = None,
+    images: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 1,
+    secret: Secret = "inputs",
+    profile: Profile = "precise",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+) -> None:
+    """What a run will cost, exactly, before it runs: rounds and bytes.
+
+    Example: `sfumato estimate embedded --steps 10`
+    """
+    from sfumato.diffusion.pipeline import SecurePipeline
+    from sfumato.shell.report import cost_table
+
+    pipe = SecurePipeline.from_pretrained(model, secret=secret, profile=profile)
+    report = pipe.estimate(
+        num_inference_steps=steps,
+        guidance_scale=_guidance(model, guidance),
+        height=height,
+        width=width,
+        num_images_per_prompt=images,
+    )
+    if as_json:
+        print(report.to_json())
+    else:
+        Console().print(cost_table(report, f"{steps} steps of {model}"))
+
+
+@cluster_app.command("init")
+@_clean
+def cluster_init(
+    folder: Annotated[Path, typer.Argument(help="A new folder for the cluster.")],
+    host: Annotated[list[str] | None, typer.Option(help="Address of a party; three times.")] = None,
+    port: Annotated[list[int] | None, typer.Option(help="Port of a party; three times.")] = None,
+    client: Annotated[list[str] | None, typer.Option(help="Name of a client; repeat for more.")] = None,
+) -> None:
+    """Make keys and certificates for three parties and their clients.
+
+    Each operator gets one folder of it, over a channel that you trust, and nothing of the others'.
+
+    Example: `sfumato cluster init ours --host a.example --host b.example --host c.example`
+    """
+    from sfumato.runtime.cluster import init_cluster
+
+    given: dict[str, Any] = {"hosts": host, "ports": port, "clients": client}
+    made = init_cluster(folder, **{name: value for name, value in given.items() if value})
+    for index, member in enumerate(made.parties):
+        print(f"{folder}/party{index}: for the operator at {member.host}, port {member.port}")
+    for name in client or ["client"]:
+        print(f"{folder}/{name}: for a client")
+
+
+@app.command()
+@_clean
+def party(
+    folder: Annotated[Path, typer.Option(help="This party's folder, made by 'cluster init'.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for computing.")] = None,
+) -> None:
+    """Run one party until stopped.
+
+    Example: `sfumato party --folder ours/party0`
+    """
+    from sfumato.runtime.server import main as serve
+
+    arguments = ["--folder", str(folder), "--index", str(_index(folder))]
+    code = serve([*arguments, *(["--threads", str(threads)] if threads else [])])
+    if code:
+        raise typer.Exit(2)
+
+
+def _index(folder: Path) -> int:
+    """Which party a folder's certificate belongs to."""
+    from sfumato.runtime.cluster import Cluster
+
+    cluster = Cluster.load(folder)
+    try:
+        text = (folder / "certificate.pem").read_text(encoding="ascii")
+        fingerprint = f"sha256:{hashlib.sha256(ssl.PEM_cert_to_DER_cert(text)).hexdigest()}"
+    except (OSError, ValueError):
+        raise JobError(f"cannot read {folder / 'certificate.pem'}; give a party's folder") from None
+    for index, member in enumerate(cluster.parties):
+        if member.fingerprint == fingerprint:
+            return index
+    raise JobError(f"the certificate in {folder} is that of no party of its cluster file")
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="sfumato")
+
+
+if __name__ == "__main__":
+    main()
