@@ -93,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 class TransformerLayer(nn.Module):
-    """Post-norm and exact GELU (BERT), or pre-norm, causal, and its tanh form (GPT-2); width 768, 12 heads."""
+    """BERT's (post-norm, exact GELU) or GPT-2's (pre-norm, causal, tanh GELU); width 768, 12 heads."""
 
     def __init__(self, draw: Draw, causal: bool) -> None:
         super().__init__()

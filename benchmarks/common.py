@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
-    "RESULTS", "Foreign", "error_against", "machine", "machine_line", "markdown_table", "number", "parser", "size",
-    "write_json",
+    "RESULTS", "Foreign", "error_against", "machine", "machine_line", "markdown_table", "number", "parser",
+    "size", "write_json",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"

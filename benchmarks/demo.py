@@ -1,11 +1,12 @@
-"""The embedded demo on a dozen prompts: the image of the secure run against the float one, and what it took.
+"""The embedded demo on a dozen prompts: the image of the secure run against the float one, and what it
+took.
 
     python benchmarks/demo.py --prompts 12
 
-Ten DDIM steps with guidance, profile precise, three party processes over mutual TLS. For each prompt: PSNR of
-the secure image against diffusers' own float32 image of the same seed, wall and CPU seconds, whether the estimate
-made before the run equals the ledger, and what TLS and framing add to the payload. Pages: results/demo.json and
-results/demo.md.
+Ten DDIM steps with guidance, profile precise, three party processes over mutual TLS. For each prompt:
+PSNR of the secure image against diffusers' own float32 image of the same seed, wall and CPU seconds,
+whether the estimate made before the run equals the ledger, and what TLS and framing add to the payload.
+Pages: results/demo.json and results/demo.md.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from sfumato.zoo import RECOMMENDED_GUIDANCE
 
 RECORD, PAGE = common.RESULTS / "demo.json", common.RESULTS / "demo.md"
 PROMPTS = (
-    "a handwritten seven", "the digit three", "a drawing of the digit eight", "handwritten zero", "number five",
-    "a hand drawn two", "a photo of a t-shirt", "a product photo of an ankle boot", "a picture of a handbag",
+    "a handwritten seven", "the digit three", "a drawing of the digit eight", "handwritten zero",
+    "number five", "a hand drawn two", "a photo of a t-shirt", "a product photo of an ankle boot", "a picture of a handbag",
     "a photograph of trousers", "a nice dress", "a sneaker on a black background", "a grey pullover",
     "the figure nine",
 )  # fmt: skip
@@ -85,11 +86,11 @@ def _generator(seed: int) -> torch.Generator:
 
 _TOP = """# The embedded demo
 
-`demo.py`: prompt to image on the embedded model, ten DDIM steps with guidance, profile `precise`, three party
-processes over mutual TLS on one machine. PSNR is of the secure image against diffusers' float32 image of the same
-prompt and seed. CPU is the three parties' together, without starting Python and loading the model. Overhead is
-what the kernel sent on the parties' sockets beyond the payload that the ledger counts: framing, TLS records,
-handshake.
+`demo.py`: prompt to image on the embedded model, ten DDIM steps with guidance, profile `precise`, three
+party processes over mutual TLS on one machine. PSNR is of the secure image against diffusers' float32
+image of the same prompt and seed. CPU is the three parties' together, without starting Python and
+loading the model. Overhead is what the kernel sent on the parties' sockets beyond the payload that the
+ledger counts: framing, TLS records, handshake.
 """
 
 
@@ -116,7 +117,8 @@ def page(record: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     levels = [r["psnr_db"] for r in runs]
     summary = (
-        f"{len(runs)} prompts: PSNR {min(levels):.1f} to {max(levels):.1f} dB, median {statistics.median(levels):.1f}; "
+        f"{len(runs)} prompts: PSNR {min(levels):.1f} to {max(levels):.1f} dB, "
+        f"median {statistics.median(levels):.1f}; "
         f"CPU {common.number(statistics.median(r['cpu_s'] for r in runs))} s (median); overhead at most "
         f"{max(r['overhead'] for r in runs):.2%}; estimates exact in "
         f"{sum(r['estimate_exact'] for r in runs)} of {len(runs)}."

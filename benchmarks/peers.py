@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py --cases '^(unet_mnist_28|bert_layer_128)$'
 
-Sharing the inputs, loading the weights and revealing are outside the timing, as for the peers. CPU seconds
-are each party's own, as differences of the report around a call. Results: results/peers.json, results/peers.md.
+Sharing the inputs, loading the weights and revealing are outside the timing, as for the peers. CPU
+seconds are each party's own, as differences of the report around a call. Results: results/peers.json,
+results/peers.md.
 """
 
 from __future__ import annotations
@@ -150,14 +151,15 @@ def page(record: Mapping[str, Any]) -> str:
 
 _TOP = """# The peers' cases
 
-`peers.py` runs the cases on which SPU 0.9.5 (three parties, ABY3, 64 bit) and CrypTen 0.4.1 (two parties,
-trusted first party) were measured: the same weights, the same inputs, three processes over mutual TLS on one
-machine, profile `precise`. CPU seconds are the parties' own, median over the calls after a warm-up. CPU bound is
-max(largest party, sum / cores): the wall time of a quiet machine of two cores when the network costs nothing.
-Other jobs shared the machine, so compare CPU and bytes, not wall time. Bytes are the payload of all three parties
-together. Under each peer: how many times *its* CPU seconds (summed over its parties) and its bytes (summed) are
-ours; above 1 it takes more. `*`: measured on this machine beside ours; otherwise earlier, on a machine of the
-same kind. CrypTen's figures leave out the making of its triples.
+`peers.py` runs the cases on which SPU 0.9.5 (three parties, ABY3, 64 bit) and CrypTen 0.4.1 (two
+parties, trusted first party) were measured: the same weights, the same inputs, three processes over
+mutual TLS on one machine, profile `precise`. CPU seconds are the parties' own, median over the calls
+after a warm-up. CPU bound is max(largest party, sum / cores): the wall time of a quiet machine of two
+cores when the network costs nothing. Other jobs shared the machine, so compare CPU and bytes, not wall
+time. Bytes are the payload of all three parties together. Under each peer: how many times *its* CPU
+seconds (summed over its parties) and its bytes (summed) are ours; above 1 it takes more. `*`: measured
+on this machine beside ours; otherwise earlier, on a machine of the same kind. CrypTen's figures leave
+out the making of its triples.
 """
 
 
@@ -195,8 +197,8 @@ def _verdict(record: Mapping[str, Any], peers: Mapping[tuple[str, str, str], Map
         right = own["rel_l2_err"] <= max(TARGET_ERROR, theirs["rel_l2_err"])
         met = cpu >= TARGET_CPU and sent >= TARGET_BYTES and right
         lines.append(
-            f"- {own['case']}: {cpu:.1f} times less CPU (target {TARGET_CPU:g}), {sent:.1f} times fewer bytes "
-            f"(target {TARGET_BYTES:g}), relative error {common.number(own['rel_l2_err'], 2)} against "
+            f"- {own['case']}: {cpu:.1f} times less CPU (target {TARGET_CPU:g}), {sent:.1f} times fewer "
+            f"bytes (target {TARGET_BYTES:g}), relative error {common.number(own['rel_l2_err'], 2)} against "
             f"{common.number(theirs['rel_l2_err'], 2)}: {'met' if met else 'missed'}."
         )
     return "\n".join(lines)

@@ -1,11 +1,13 @@
-"""One evaluation of the full Stable Diffusion 1.5 U-Net (860 M parameters) under three parties on one machine.
+"""One evaluation of the full Stable Diffusion 1.5 U-Net (860 M parameters) under three parties on one
+machine.
 
     python benchmarks/sd15.py --size small        # seconds: the same code on a small configuration
     python benchmarks/sd15.py                     # the real size, random weights, then rescaled ones
 
-Random weights, public, in half precision; 128x128 pixels (latent 16x16), batch 1, three processes over mutual TLS.
-The second variant rescales weights so that residual activations pass 100 and attention logits pass 20, as in
-trained checkpoints. A variant that is in the record already is skipped. Results: results/sd15.json and .md.
+Random weights, public, in half precision; 128x128 pixels (latent 16x16), batch 1, three processes over
+mutual TLS. The second variant rescales weights so that residual activations pass 100 and attention
+logits pass 20, as in trained checkpoints. A variant that is in the record already is skipped. Results:
+results/sd15.json and .md.
 """
 
 from __future__ import annotations
@@ -228,12 +230,12 @@ def say(text: str) -> None:
 
 _TOP = """# Stable Diffusion 1.5's U-Net, one evaluation
 
-The full configuration (860 M parameters) with random weights, 128x128 pixels (latent 16x16), batch 1, profile
-`precise`. Weights public, in half precision, in one file that the parties map; the latent secret; the text's keys
-and values are computed by the client and shared. Three party processes over mutual TLS on one machine. "Rescaled"
-multiplies weights so that residual activations and attention logits are as large as in trained checkpoints.
-Calibrated on two other inputs. The error is against the same module in float32. Private memory: what a process
-holds beside mapped files.
+The full configuration (860 M parameters) with random weights, 128x128 pixels (latent 16x16), batch 1,
+profile `precise`. Weights public, in half precision, in one file that the parties map; the latent
+secret; the text's keys and values are computed by the client and shared. Three party processes over
+mutual TLS on one machine. "Rescaled" multiplies weights so that residual activations and attention
+logits are as large as in trained checkpoints. Calibrated on two other inputs. The error is against the
+same module in float32. Private memory: what a process holds beside mapped files.
 """
 
 

@@ -13,7 +13,7 @@ _SAMPLE_S, _LINE_S = 0.5, 20.0
 
 
 class Watch:
-    """Samples this process's children in a ``with`` block. ``peak_private``: bytes per child beside mapped files."""
+    """Samples this process's children in a ``with`` block; ``peak_private``: bytes beside mapped files."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._peaks: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """Every move of a protocol as data: how to run it, what it must give, what it may cost.
 
-An implementation enrols with one line in ``PROTOCOLS``; a move or override enrols with one `Case` and is then checked
-for value, cost, meta run, schedule, views and mutations by the tests of this folder.
+An implementation enrols with one line in ``PROTOCOLS``; a move or override enrols with one `Case` and is then
+checked for value, cost, meta run, schedule, views and mutations by the tests of this folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """``expect`` gives (exact words before truncation, bits dropped, slack in the last place beyond the truncation's)."""
+    """``expect`` gives (exact words before truncation, bits dropped, slack in the last place beyond the
+    truncation's).
+    """
 
     name: str
     run: Callable[[Run], Coroutine[Any, Any, Shared]]
@@ -157,7 +159,13 @@ async def _linear_truncate(r: Run) -> Shared:
 
 async def _linear_truncate_plus(r: Run) -> Shared:
     return await r.p.linear_truncate(
-        r.s, lambda a: 5 * a, r.x[0], dropped(r.ring), shape=r.x[0].shape, plus=r.x[1], gain_frac=dropped(r.ring)
+        r.s,
+        lambda a: 5 * a,
+        r.x[0],
+        dropped(r.ring),
+        shape=r.x[0].shape,
+        plus=r.x[1],
+        gain_frac=dropped(r.ring),
     )
 
 
@@ -222,7 +230,8 @@ def _evaluated(series: Series) -> Callable[[Words, Ring], tuple[Tensor, int, int
 
 def _evaluate_sizes(series: Series) -> Callable[[Ring], Mapping[str, int]]:
     return lambda ring: {
-        "f": FRAC, "out": 12, "period": series.period_log2, "harmonics": len(series.cos), "squared": int(series.quadratic != 0)
+        "f": FRAC, "out": 12, "period": series.period_log2, "harmonics": len(series.cos),
+        "squared": int(series.quadratic != 0)
     }  # fmt: skip
 
 
@@ -266,13 +275,17 @@ CASES: tuple[Case, ...] = (
         shapes=_fixed((2, 4, 7, 6), (6, 2, 3, 2)), any_shape=False,
     ),
     Case("truncate", _truncate, lambda w, r: (w[0], dropped(r), 0), "truncate", _kf, bits=(30,)),
-    Case("truncate by nothing", _truncate_nothing, _same, "truncate", lambda r: {"k": r.bits, "f": 0}, bits=(30,)),
+    Case(
+        "truncate by nothing", _truncate_nothing, _same, "truncate", lambda r: {"k": r.bits, "f": 0},
+        bits=(30,),
+    ),
     Case(
         "truncate to Z64", _truncate_wide, lambda w, r: (w[0].long(), 5, 0), "truncate",
         lambda r: {"k": 32, "f": 5, "out": 64}, bits=(30,), rings=(Z32,),
     ),
     Case(
-        "bilinear_truncate", _bilinear_truncate, lambda w, r: (w[0] * w[1], dropped(r), 0), "bilinear_truncate", _kf,
+        "bilinear_truncate", _bilinear_truncate, lambda w, r: (w[0] * w[1], dropped(r), 0),
+        "bilinear_truncate", _kf,
         bits=(15, 14), unfused="bilinear_truncate, not fused",
     ),
     Case(
@@ -280,7 +293,8 @@ CASES: tuple[Case, ...] = (
         "bilinear_truncate", _kf, bits=(15, 14, 28), unfused="bilinear_truncate, not fused",
     ),
     Case(
-        "matmul_truncate", _matmul_truncate, lambda w, r: (w[0] @ w[1], dropped(r), 0), "bilinear_truncate", _kf,
+        "matmul_truncate", _matmul_truncate, lambda w, r: (w[0] @ w[1], dropped(r), 0),
+        "bilinear_truncate", _kf,
         bits=(13, 13), shapes=_fixed((3, 4), (4, 7)), any_shape=False, unfused="bilinear_truncate, not fused",
     ),
     Case(
@@ -288,15 +302,20 @@ CASES: tuple[Case, ...] = (
         lambda w, r: (torch.stack([5 * w[0], -3 * w[0]]), dropped(r), 0), "linear_truncate", _kf, bits=(27,),
     ),
     Case(
-        "linear_truncate, plus", _linear_truncate_plus, lambda w, r: (5 * w[0] + w[1], dropped(r), 0), "linear_truncate",
+        "linear_truncate, plus", _linear_truncate_plus, lambda w, r: (5 * w[0] + w[1], dropped(r), 0),
+        "linear_truncate",
         _kf, bits=(26, 28), unfused="linear_truncate",
     ),
     Case("cast up", _cast_up, lambda w, r: (w[0].long(), 0, 0), "cast up", bits=(30,), rings=(Z32,)),
     Case("cast down", _cast_down, lambda w, r: (w[0].int(), 0, 0), "cast down", bits=(30,), rings=(Z64,)),
-    Case("less_than_zero", _less, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero", _window, bits=(9,)),
+    Case(
+        "less_than_zero", _less, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero", _window,
+        bits=(9,),
+    ),
     Case(
         # Words are even multiples of the window's unit and a half: outside its error band.
-        "less_than_zero, shifted", _less_shifted, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero",
+        "less_than_zero, shifted", _less_shifted, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0),
+        "less_than_zero",
         lambda r: _window(r, SHIFTED), bits=(-6,),
     ),
     Case("select", _select, lambda w, r: (w[0] * w[1], 0, 0), "select", bits=(0, 29)),
@@ -305,17 +324,21 @@ CASES: tuple[Case, ...] = (
         bits=(0, 29, 29),
     ),
     Case(
-        "to_bits", _to_bits, lambda w, r: (rep3_bits.to_planes(w[0], WINDOW.bits), 0, 0), "to_bits", _window, bits=(9,),
+        "to_bits", _to_bits, lambda w, r: (rep3_bits.to_planes(w[0], WINDOW.bits), 0, 0), "to_bits",
+        _window, bits=(9,),
         protocols=("rep3",),
     ),
     Case(
-        "bits_to_words", _bits_to_words, _from_planes, "bits_to_words", bits=(8,), source={0: B8}, shapes=_bytes,
+        "bits_to_words", _bits_to_words, _from_planes, "bits_to_words", bits=(8,), source={0: B8},
+        shapes=_bytes,
     ),
     Case(
-        "evaluate, sines", _evaluate(SINES), _evaluated(SINES), "evaluate", _evaluate_sizes(SINES), bits=(15,), rings=(Z64,),
+        "evaluate, sines", _evaluate(SINES), _evaluated(SINES), "evaluate", _evaluate_sizes(SINES),
+        bits=(15,), rings=(Z64,),
     ),
     Case(
-        "evaluate, square", _evaluate(SQUARE), _evaluated(SQUARE), "evaluate", _evaluate_sizes(SQUARE), bits=(15,),
+        "evaluate, square", _evaluate(SQUARE), _evaluated(SQUARE), "evaluate", _evaluate_sizes(SQUARE),
+        bits=(15,),
         rings=(Z64,),
     ),
 )  # fmt: skip
@@ -413,7 +436,9 @@ def combine(p: Protocol, outputs: Sequence[Shared]) -> Tensor:
     if p.parties == 1:
         return outputs[0].parts[0]
     for i in range(3):
-        assert torch.equal(outputs[i].parts[1], outputs[(i + 1) % 3].parts[0]), f"parties {i} and {(i + 1) % 3} differ"
+        assert torch.equal(outputs[i].parts[1], outputs[(i + 1) % 3].parts[0]), (
+            f"parties {i} and {(i + 1) % 3} differ"
+        )
         assert outputs[i].type == outputs[0].type
         assert all(tuple(part.shape) == outputs[i].shape for part in outputs[i].parts)
         assert all(part.dtype == outputs[i].ring.dtype for part in outputs[i].parts)

@@ -48,8 +48,9 @@ def check_value(result: torch.Tensor, case: Case, words: list[torch.Tensor], rin
 
 @pytest.mark.parametrize(("name", "case", "ring"), COMBINATIONS)
 def test_value_and_cost(name: str, case: Case, ring: Ring) -> None:
-    """The value is right, every party sends exactly the declared bytes, the rounds are the declared ones, and the
-    same holds on shapes alone."""
+    """The value is right, every party sends exactly the declared bytes, the rounds are the declared ones, and
+    the same holds on shapes alone.
+    """
     p = PROTOCOLS[name]
     for turn, shape in itertools.product(range(3), SHAPES if case.any_shape else SHAPES[:1]):
         words = suite.draw(case, ring, shape, seed=turn)
@@ -98,7 +99,7 @@ def test_the_declared_totals(move: str, sizes: dict[str, int], bits: int, rounds
     assert (cost.bits(move, **sizes), cost.rounds(move, **sizes)) == (bits, rounds)
 
 
-# ---- reveal -------------------------------------------------------------------------------------------------------
+# ---- reveal ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ring", [Z64, Z32, B64], ids=str)
@@ -110,7 +111,9 @@ def test_reveal(ring: Ring, to: tuple[int, ...]) -> None:
         words = suite._words(np.random.default_rng(3), ring.bits, ring, shape)
         parts = suite.components(words, ring, 5)
 
-        async def main(s: Session, parts: list[torch.Tensor] = parts, turn: int = turn) -> torch.Tensor | None:
+        async def main(
+            s: Session, parts: list[torch.Tensor] = parts, turn: int = turn
+        ) -> torch.Tensor | None:
             return await p.reveal(s.fork("r", turn=turn), suite.shares(p, s.party, parts, ring, 0), to)
 
         opened, ledgers = simulate(main)
@@ -145,7 +148,7 @@ def test_inject() -> None:
     assert torch.equal(whole.parts[0], words.to(torch.int32))
 
 
-# ---- truncation ---------------------------------------------------------------------------------------------------
+# ---- truncation --------------------------------------------------------------------------------------------
 
 TRUNCATIONS = [c for c in CASES if c.name in ("truncate", "bilinear_truncate", "linear_truncate, plus")]
 
@@ -162,10 +165,12 @@ def one(case: Case, words: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("case", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_truncation_is_right_up_to_its_range(name: str, case: Case, ring: Ring) -> None:
-    """Every word within 2^11 of +-2^(k-2) inside, of 0, and the edges of powers of two, under many sharings."""
+    """Every word within 2^11 of +-2^(k-2) inside, of 0, and edges of powers of two, under many sharings."""
     p, limit = PROTOCOLS[name], 1 << (ring.bits - 2)
     near = torch.arange(0, 2048)
-    words = torch.cat([limit - 1 - near, -limit + 1 + near, near, -near, 2 ** torch.arange(0, ring.bits - 2) - 1])
+    words = torch.cat(
+        [limit - 1 - near, -limit + 1 + near, near, -near, 2 ** torch.arange(0, ring.bits - 2) - 1]
+    )
     words = words.to(ring.dtype)
     for seed in range(3):
         operands = one(case, words)
@@ -177,7 +182,9 @@ def test_truncation_is_right_up_to_its_range(name: str, case: Case, ring: Ring) 
 
 @pytest.mark.parametrize("corner", range(12))
 def test_truncation_survives_every_corner_of_the_shares(corner: int) -> None:
-    """Exhaustive near edges: u1 = x2 takes the ring's own edges while the value sits at the edge of its range."""
+    """Exhaustive near edges: u1 = x2 takes the ring's own edges while the value sits at the edge of its
+    range.
+    """
     p, case = PROTOCOLS["rep3"], TRUNCATIONS[0]
     edges = torch.tensor([0, 1 << 29, 1 << 30, (1 << 31) - 1, -(1 << 31), -(1 << 30), -(1 << 29)])
     near = torch.arange(-3, 4)
@@ -197,8 +204,9 @@ def test_truncation_survives_every_corner_of_the_shares(corner: int) -> None:
 @pytest.mark.parametrize("case", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_truncation_has_no_bias(name: str, case: Case, sharing: str) -> None:
-    """Mean error below five standard errors: for uniform low bits, for one fixed remainder, and for a value whose
-    other components are zeros (an input or a constant)."""
+    """Mean error below five standard errors: for uniform low bits, for one fixed remainder, and for a value
+    whose other components are zeros (an input or a constant).
+    """
     p, ring, n = PROTOCOLS[name], Z32, 60_000
     bits = suite.dropped(ring)
     uniform = torch.from_numpy(np.random.default_rng(1).integers(-(1 << 28), 1 << 28, n)).to(ring.dtype)
@@ -247,7 +255,13 @@ def test_truncations_that_make_no_sense_are_refused(name: str) -> None:
         x = suite.shares(p, s.party, [q.to(source.dtype) for q in parts], source, 0)
         return await p.truncate(s, x, bits, ring=ring)
 
-    for bits, ring, source in ((64, None, Z64), (-1, None, Z64), (1, Z32, Z64), (1, None, B64), (1, B64, Z64)):
+    for bits, ring, source in (
+        (64, None, Z64),
+        (-1, None, Z64),
+        (1, Z32, Z64),
+        (1, None, B64),
+        (1, B64, Z64),
+    ):
         with pytest.raises(TypeMismatch):
             simulate(lambda s, b=bits, r=ring, o=source: main(s, b, r, o), parties=p.parties)
 
@@ -259,17 +273,35 @@ def test_plain_asserts_headroom() -> None:
             suite.execute(p, case, Z32, [torch.tensor([word], dtype=torch.int32)])
 
 
-# ---- bits ---------------------------------------------------------------------------------------------------------
+# ---- bits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ring", [Z64, Z32], ids=str)
-@pytest.mark.parametrize("window", [Window(0, 2), Window(0, 3), Window(5, 6), Window(20, 12), Window(0, 32)], ids=str)
+@pytest.mark.parametrize(
+    "window", [Window(0, 2), Window(0, 3), Window(5, 6), Window(20, 12), Window(0, 32)], ids=str
+)
 def test_comparison_on_its_whole_window(ring: Ring, window: Window) -> None:
-    """Right at the edges of the window's range and around zero; only words in [0, 2^shift) may go either way."""
+    """Right at the edges of the window's range and around zero; words in [0, 2^shift) may go either way."""
     p = PROTOCOLS["rep3"]
     unit, top = 1 << window.shift, 1 << (window.shift + window.bits - 1)
     low = -top + (unit if window.shift else 0)
-    steps = [low, low + 1, low + unit, -unit - 1, -unit, -unit + 1, -2, -1, 0, 1, unit - 1, unit, unit + 1, top - unit, top - 1]
+    steps = [
+        low,
+        low + 1,
+        low + unit,
+        -unit - 1,
+        -unit,
+        -unit + 1,
+        -2,
+        -1,
+        0,
+        1,
+        unit - 1,
+        unit,
+        unit + 1,
+        top - unit,
+        top - 1,
+    ]
     inside = sorted({v for v in steps if low <= v < top})
     words = torch.tensor(inside).to(ring.dtype).repeat(40)
 
@@ -281,7 +313,11 @@ def test_comparison_on_its_whole_window(ring: Ring, window: Window) -> None:
         parts = suite.components(words, ring, turn)
         outputs, _ = simulate(lambda s, t=turn: main(s, t))
         sign = suite.combine(p, outputs)
-        band = (words >= 0) & (words.long() < unit) if window.shift else torch.zeros_like(words, dtype=torch.bool)
+        band = (
+            (words >= 0) & (words.long() < unit)
+            if window.shift
+            else torch.zeros_like(words, dtype=torch.bool)
+        )
         assert bool((sign == (words < 0).to(ring.dtype))[~band].all())
         assert bool(((sign == 0) | (sign == 1)).all())
 
@@ -332,7 +368,7 @@ def test_to_bits_of_any_words(words: list[int], shift: int, m: int, turn: int) -
     assert bool(((low == 0) | ((low == 1) & (shift > 0))).all())
 
 
-# ---- types --------------------------------------------------------------------------------------------------------
+# ---- types -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -373,7 +409,7 @@ def test_a_linear_map_that_lies_about_its_shape_is_refused() -> None:
         simulate(main)
 
 
-# ---- schedules ----------------------------------------------------------------------------------------------------
+# ---- schedules ---------------------------------------------------------------------------------------------
 
 
 async def _mixture(p: Protocol, s: Session, x: Shared) -> list[Shared]:
@@ -439,6 +475,8 @@ def test_every_protocol_agrees_on_types() -> None:
         ring = case.rings[0]
         words = suite.draw(case, ring, (7,), 1)
         types = {
-            name: suite.execute(p, case, ring, words)[0][0].type for name, p in PROTOCOLS.items() if name in case.protocols
+            name: suite.execute(p, case, ring, words)[0][0].type
+            for name, p in PROTOCOLS.items()
+            if name in case.protocols
         }
         assert len(set(types.values())) == 1, (case.name, types)

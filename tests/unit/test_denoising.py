@@ -152,8 +152,8 @@ def test_same_latents_as_diffusers(
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     arguments = {
         "prompt": ["a handwritten seven", "a sneaker"],
-        "negative_prompt": "a bag",
-        "num_inference_steps": 6,
+        "negative_prompt": ["a bag", ""],
+        "num_inference_steps": 5,
         "guidance_scale": guidance,
         "eta": eta,
         "output_type": "latent",

@@ -1,4 +1,6 @@
-"""Ring kernels: registered as they should be, exact against float64, wrapping mod 2^k, and the same on shapes."""
+"""Ring kernels: registered as they should be, exact against float64, wrapping mod 2^k, and the same on
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from torch import Tensor
 from sfumato.ring import kernels
 
 DTYPES = [torch.int64, torch.int32]
-MATMULS = [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (5, 4, 2)), ((4,), (4,)), ((0, 4), (4, 5)), ((3, 0), (0, 5))]
+MATMULS = [
+    ((3, 4), (4, 5)),
+    ((2, 3, 4), (4, 5)),
+    ((2, 1, 3, 4), (5, 4, 2)),
+    ((4,), (4,)),
+    ((0, 4), (4, 5)),
+    ((3, 0), (0, 5)),
+]
 CONVS = [
     (spatial, stride, padding, dilation, groups)
     for spatial in (1, 2)
@@ -47,11 +56,14 @@ def test_matmul_wraps() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spatial", "stride", "padding", "dilation", "groups"), CONVS)
-def test_conv(dtype: torch.dtype, spatial: int, stride: int, padding: int, dilation: int, groups: int) -> None:
+def test_conv(
+    dtype: torch.dtype, spatial: int, stride: int, padding: int, dilation: int, groups: int
+) -> None:
     x = words((2, 4, *(9, 8)[:spatial]), dtype, 100)
     w = words((6, 4 // groups, *(3, 2)[:spatial]), dtype, 100, 1)
     options = {
-        "stride": [stride] * spatial, "padding": [padding] * spatial, "dilation": [dilation] * spatial, "groups": groups
+        "stride": [stride] * spatial, "padding": [padding] * spatial, "dilation": [dilation] * spatial,
+        "groups": groups
     }  # fmt: skip
     result = kernels.conv(x, w, **options)
     exact = {1: F.conv1d, 2: F.conv2d}[spatial](x.double(), w.double(), None, **options)

@@ -20,14 +20,19 @@ def test_round_trip(data: st.DataObject, dtype: torch.dtype, count: int) -> None
     size = DTYPES[dtype]
     bits = data.draw(st.integers(1, size))
     low, high = (0, 255) if dtype == torch.uint8 else (-(1 << (size - 1)), (1 << (size - 1)) - 1)
-    words = torch.tensor(data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count)), dtype=dtype)
+    words = torch.tensor(
+        data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count)), dtype=dtype
+    )
     packed = pack(words, bits)
     assert len(packed) == packed_bytes(count, bits)
     expected = words if bits == size else words & ((1 << bits) - 1)
     assert torch.equal(unpack(packed, bits, (count,), dtype), expected)
 
 
-@pytest.mark.parametrize(("count", "bits", "size"), [(0, 18, 0), (1, 1, 1), (8, 1, 1), (9, 1, 2), (4, 18, 9), (3, 64, 24), (5, 3, 3)])
+@pytest.mark.parametrize(
+    ("count", "bits", "size"),
+    [(0, 18, 0), (1, 1, 1), (8, 1, 1), (9, 1, 2), (4, 18, 9), (3, 64, 24), (5, 3, 3)],
+)
 def test_sizes(count: int, bits: int, size: int) -> None:
     assert packed_bytes(count, bits) == size
 
@@ -40,7 +45,13 @@ def test_no_more_than_seven_bits_a_plane_are_padding() -> None:
 
 def test_any_shape_and_layout() -> None:
     words = torch.arange(24).reshape(2, 3, 4)
-    for view in (words, words.permute(2, 0, 1), words[:, 1:2].expand(2, 5, 4), words[..., ::2], words[0, 0, 0]):
+    for view in (
+        words,
+        words.permute(2, 0, 1),
+        words[:, 1:2].expand(2, 5, 4),
+        words[..., ::2],
+        words[0, 0, 0],
+    ):
         for bits in (5, 64):
             assert torch.equal(unpack(pack(view, bits), bits, tuple(view.shape), torch.int64), view)
     assert torch.equal(unpack(pack(words > 5, 1), 1, (2, 3, 4), torch.uint8), (words > 5).to(torch.uint8))

@@ -34,7 +34,7 @@ def test_the_same_by_other_means() -> None:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     key = hashlib.blake2b(b"/x|m", key=KEY, digest_size=16, person=b"sfumato-prg1").digest()
-    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     stream = b"".join(block.update(i.to_bytes(16, "big")) for i in range(8))
     assert stream_words(KEY, "/x|m", Z64, (16,)).numpy().tobytes() == stream
 
@@ -63,7 +63,9 @@ def test_words_are_uniform() -> None:
 def test_every_key_and_label_has_its_own_stream() -> None:
     other = bytes(31) + b"\1"
     streams = [
-        stream_words(key, label, Z64, (64,)) for key in (KEY, bytes(32), other) for label in ("/a|m", "/a|n", "/b|m", "/a/|m")
+        stream_words(key, label, Z64, (64,))
+        for key in (KEY, bytes(32), other)
+        for label in ("/a|m", "/a|n", "/b|m", "/a/|m")
     ]
     words = torch.cat(streams).tolist()
     assert len(set(words)) == len(words)

@@ -19,7 +19,9 @@ def receive(frm: int, name: str, bits: int = 64) -> Receive:
 
 async def around(s: Session, name: str) -> torch.Tensor:
     """Everybody sends to the next party."""
-    (got,) = await s.exchange([Send((s.party + 1) % 3, name, WORD + s.party, 64)], [receive((s.party + 2) % 3, name)])
+    (got,) = await s.exchange(
+        [Send((s.party + 1) % 3, name, WORD + s.party, 64)], [receive((s.party + 2) % 3, name)]
+    )
     return got
 
 
@@ -90,7 +92,7 @@ def test_another_width_is_refused() -> None:
         if s.party == 1:
             await s.exchange([], [receive(0, "m")])
 
-    with pytest.raises(LinkError, match="/?:m"):
+    with pytest.raises(LinkError, match=":m"):
         simulate(main)
 
 
@@ -189,7 +191,8 @@ def test_meta_runs_move_no_bytes_and_count_all() -> None:
     async def main(s: Session) -> torch.Tensor:
         words = torch.empty(5, dtype=torch.int64, device=s.device)
         (got,) = await s.exchange(
-            [Send((s.party + 1) % 3, "m", words, 18)], [Receive((s.party + 2) % 3, "m", (5,), torch.int64, 18)]
+            [Send((s.party + 1) % 3, "m", words, 18)],
+            [Receive((s.party + 2) % 3, "m", (5,), torch.int64, 18)],
         )
         return got
 

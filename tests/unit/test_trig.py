@@ -11,7 +11,9 @@ from sfumato.ring import trig
 
 
 def test_golden() -> None:
-    """Bit-identical on every machine: one unit of difference between two parties would be a random word later."""
+    """Bit-identical on every machine: one unit of difference between two parties would be a random word
+    later.
+    """
     words = torch.arange(-(1 << 15), 1 << 15) * 68719476731 + 12345
     digest = hashlib.blake2b(digest_size=8)
     for period_bits, count in ((12, 3), (22, 8), (31, 2), (50, 5)):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import check_unet
 from sfumato.errors import JobError
@@ -47,7 +48,7 @@ def load_pipeline(path_or_id: str | Path, **options: Any) -> Any:
         options.setdefault("variant", _variant(folder))
         options.setdefault("local_files_only", True)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, **options)
+        pipe = StableDiffusionPipeline.from_pretrained(source, **options)
     except JobError:
         raise
     except Exception as error:
@@ -67,7 +68,9 @@ def check_pipeline(pipe: Any) -> Any:
         raise JobError(f"a {name} cannot run securely yet; SecurePipeline serves {_SERVED}")
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
-            component.to(torch.float32).eval().requires_grad_(False)
+            if any(p.is_floating_point() and p.dtype is not torch.float32 for p in _tensors(component)):
+                component.float()
+            component.eval().requires_grad_(False)
     check_unet(pipe.unet)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise JobError(
@@ -81,11 +84,19 @@ def weights_digest(*modules: nn.Module) -> str:
     """16 hex digits of the modules' configuration and weights."""
     state = hashlib.blake2b(digest_size=8)
     for module in modules:
-        state.update(repr(sorted(dict(getattr(module, "config", {})).items(), key=str)).encode())
+        config: Any = module.config
+        state.update(
+            repr(sorted((config if isinstance(config, dict) else config.to_dict()).items())).encode()
+        )
         for name, tensor in module.state_dict().items():
             state.update(name.encode())
             state.update(tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().tobytes())
     return state.hexdigest()
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _class_name(index: Path) -> str:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import RangeError
+from sfumato.ops.basic import mul
 from sfumato.ops.compare import clamp, overshoots
-from sfumato.ops.elementary import HEADROOM_BITS, with_frac
+from sfumato.ops.elementary import with_frac
 from sfumato.ops.fit import fit_series, series_bits, series_from_dict, series_to_dict
 from sfumato.ops.tiles import elementwise
 from sfumato.protocol.base import Protocol, Series
@@ -76,6 +77,8 @@ FUNCTIONS: dict[str, Known] = {
 _CLAMP_BITS = 1400
 #: Ranges beyond this are never fitted whole.
 _WIDEST = 40.0
+#: A fit that misses its tolerance by more is refused.
+_ACCEPTED = 20.0
 _FRAC = 18
 
 
@@ -142,6 +145,10 @@ def plan_smooth(
     assert plan is not None
     if whole and clamped and _clamp_pays(clamped, whole, tolerance):
         plan = clamped
+    if plan.error > _ACCEPTED * tolerance:
+        raise RangeError(
+            f"{name} on [{lo:g}, {hi:g}] cannot be fitted better than {plan.error:.1g}; narrow its range"
+        )
     top = float(known.f(torch.linspace(plan.series.lo, plan.series.hi, 257, dtype=torch.float64)).abs().max())
     if top >= 2.0 ** (61 - 2 * _FRAC - Series.POLY_FRAC):
         raise RangeError(
@@ -219,20 +226,12 @@ async def hardsigmoid(p: Protocol, s: Session, x: Shared, bound: float) -> Share
 async def hardswish(p: Protocol, s: Session, x: Shared, bound: float) -> Shared:
     """x clip(x / 6 + 1/2, 0, 1).
 
-    Domain: |x| <= bound. Error: three ulp plus one band / 2 near +-3. Cost: :func:`hardsigmoid` and one
+    Domain: |x| <= bound. Error: |x| + 2 ulp, plus one band / 2 near +-3. Cost: :func:`hardsigmoid` and one
     product.
     Source: as :func:`hardsigmoid`.
     """
-    clipped = await clamp(p, s.fork("clip"), x, -3.0, 3.0, max(bound, 3.0))
-    moved = p.add_public(s, clipped, p.encode(clipped, 3.0))
-    gain = max(4, HEADROOM_BITS - 2 * x.frac - math.ceil(math.log2(max(bound, 3.0))))
-    sixth = round(2.0**gain / 6)
-
-    async def step(child: Session, a: Shared, b: Shared) -> Shared:
-        y = await p.bilinear_truncate(child, lambda u, v: u * v * sixth, a, b, b.frac + gain)
-        return y.viewed(a.frac)
-
-    return await elementwise(p, s.fork("mul"), step, x, moved)
+    gate = await hardsigmoid(p, s.fork("gate"), x, bound)
+    return await mul(p, s.fork("mul"), x, gate)
 
 
 async def _affine(p: Protocol, s: Session, x: Shared) -> Shared:

@@ -41,6 +41,7 @@ MASKED_BELOW = -1e3
 SPREAD = 8.0
 #: exp of scores this far below a row's maximum need no relative accuracy: 1,024 of them weigh 1e-4.
 _NEGLIGIBLE = 16.0
+_SCORE_FRAC = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +220,14 @@ async def attention(
         or not isinstance(v, Shared | Tensor)
     ):
         raise TypeMismatch("attention takes tensors")
+    frac = max(x.frac for x in (q, k, v) if isinstance(x, Shared))
     if grouped:
         times = q.shape[-3] // k.shape[-3]
         k, v = _repeated(p, k, times), _repeated(p, v, times)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    q, k = await _narrowed(p, s.fork("q"), q), await _narrowed(p, s.fork("k"), k)
+    if plan.bound * 2.0 ** (2 * min(frac, _SCORE_FRAC) + 15 - math.log2(abs(factor))) >= 2.0**HEADROOM_BITS:
+        raise RangeError(f"scores of {plan.bound:.3g} leave no headroom in the ring; rescale the queries")
     scores = await matmul(p, s.fork("scores"), q, _turned(p, k), factor=factor)
     allowed, bias = (None, None) if mask is None else split_mask(mask)
     if bias is not None:
@@ -234,7 +239,12 @@ async def attention(
     y = await matmul(p, s.fork("values"), e, v)
     room = HEADROOM_BITS - y.frac - math.ceil(math.log2(plan.reach)) - 1
     inv = await with_frac(p, s.fork("inverse"), inv, min(inv.frac, room))
-    return await _row_product(p, s.fork("scale"), y, inv, y.frac + inv.frac - scores.frac)
+    return await _row_product(p, s.fork("scale"), y, inv, y.frac + inv.frac - frac)
+
+
+async def _narrowed(p: Protocol, s: Session, x: Shared | Tensor) -> Shared | Tensor:
+    """At most 18 fraction bits, so that scores keep their headroom."""
+    return await with_frac(p, s, x, min(x.frac, _SCORE_FRAC)) if isinstance(x, Shared) else x
 
 
 def _turned(p: Protocol, k: Shared | Tensor) -> Shared | Tensor:

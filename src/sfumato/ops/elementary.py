@@ -44,6 +44,8 @@ _CARRIED = 28
 #: Fraction bits at which the first guess is evaluated.
 _GUESS = 18
 _BUCKET_LOG2 = 2
+#: Finer inputs of exp are truncated first: u^2 has to stay in the ring.
+_FINEST = 20
 
 
 async def with_frac(p: Protocol, s: Session, x: Shared, frac: int) -> Shared:
@@ -119,6 +121,7 @@ def plan_exp(
         raise RangeError(f"exp needs a range, not [{lo}, {hi}]; calibrate on inputs that vary")
     # The last square, exp(hi) at twice the carried bits, has to stay in the ring.
     carried = min(carried, math.floor((HEADROOM_BITS - 1 - max(hi, 0.0) * math.log2(math.e)) / 2))
+    frac = _GUESS if frac > _FINEST else frac
     for squarings in range(13):
         fine = frac + squarings
         if fine > 27 or carried < 10:
@@ -174,11 +177,13 @@ async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | 
 
     Domain: [plan.lo, plan.hi].
     Error: relative ``plan.error`` (at most 5e-4 by default) plus 2^-(frac) 2^squarings absolute.
-    Cost: 3 (2 + squarings) rounds; (3k + f + 2) bits for each of the 2 + squarings products.
+    Cost: 2 (2 + squarings) + 2 rounds; 3k + 2 + (18 to 44) bits for each of the 2 + squarings products.
     Source: digest mpc-friendly 6.5; own: a quartic as two squares, division by 2^s as a change of view.
     """
 
     async def step(child: Session, piece: Shared) -> Shared:
+        if piece.frac > _FINEST:
+            piece = await with_frac(p, child.fork("coarse"), piece, _GUESS)
         return await _exp_tile(p, child, piece, plan)
 
     y = await elementwise(p, s.fork("exp"), step, x)
@@ -229,8 +234,9 @@ class InversePlan:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "root": self.root, "lo": self.lo, "hi": self.hi, "exponent": self.exponent, "buckets": self.buckets,
-            "guess": series_to_dict(self.guess), "steps": self.steps, "error": self.error,
+            "root": self.root, "lo": self.lo, "hi": self.hi, "exponent": self.exponent,
+            "buckets": self.buckets, "guess": series_to_dict(self.guess),
+            "steps": self.steps, "error": self.error,
         }  # fmt: skip
 
     @staticmethod

@@ -45,6 +45,7 @@ class NormPlan:
     inverse: InversePlan
     chunks: int
     reach: float
+    gain: float
 
     @property
     def halvings(self) -> int:
@@ -59,7 +60,7 @@ class NormPlan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "count": self.count, "eps": self.eps, "inverse": self.inverse.to_dict(), "chunks": self.chunks,
-            "reach": self.reach,
+            "reach": self.reach, "gain": self.gain,
         }  # fmt: skip
 
     @staticmethod
@@ -68,11 +69,18 @@ class NormPlan:
 
 
 def plan_norm(
-    count: int, var_lo: float, var_hi: float, eps: float, *, reach: float = 64.0, frac: int = 18
+    count: int,
+    var_lo: float,
+    var_hi: float,
+    eps: float,
+    *,
+    reach: float = 64.0,
+    gain: float = 4.0,
+    frac: int = 18,
 ) -> NormPlan:
     """Plan for groups of ``count`` values whose variance (mean square) is calibrated to [var_lo, var_hi].
 
-    ``reach`` bounds |(x - mean) / std|; sqrt(count) always does.
+    ``reach`` bounds |(x - mean) / std|; sqrt(count) always does. ``gain`` bounds |gamma|, public or secret.
 
     Raises:
         RangeError: the variance can be zero without an epsilon, or is too large for the ring.
@@ -94,9 +102,10 @@ def plan_norm(
         raise RangeError(
             f"a variance of {var_hi:g} at {frac} fraction bits does not fit the ring; rescale the model"
         )
-    return NormPlan(
-        count, eps, plan_inverse(2, low, max(high, low * 1.01)), chunks, min(reach, math.sqrt(count) + 1)
-    )
+    inverse_plan = plan_inverse(2, low, max(high, low * 1.01))
+    # Costs follow from this bound alone, so it is a power of two and says little about the weights.
+    top = 2.0 ** max(-6, math.ceil(math.log2(max(gain, 2.0**-6))))
+    return NormPlan(count, eps, inverse_plan, chunks, min(reach, math.sqrt(count) + 1), top)
 
 
 async def _mean(p: Protocol, s: Session, x: Shared) -> Shared:
@@ -139,10 +148,10 @@ async def _inverse_std(p: Protocol, s: Session, d: Shared, plan: NormPlan) -> Sh
     return await inverse(p, s.fork("rsqrt"), total, plan.inverse)
 
 
-def _product_fracs(plan: NormPlan, frac: int, gain: float, smallest: float) -> int:
+def _product_fracs(plan: NormPlan, frac: int, smallest: float) -> int:
     """Fraction bits of the scale r * gamma: enough for the smallest, and the product of reach stays in the
     ring."""
-    most = HEADROOM_BITS - frac - math.ceil(math.log2(max(plan.reach * max(gain, 2.0**-8), 2.0**-8)))
+    most = HEADROOM_BITS - frac - math.ceil(math.log2(max(plan.reach * max(plan.gain, 1.0), 2.0**-8)))
     wanted = _SCALE_BITS - math.floor(math.log2(smallest)) + 2
     return max(4, min(most, max(wanted, 18)))
 
@@ -172,7 +181,7 @@ async def _scaled(
     root = math.sqrt(plan.rest)
     lead = math.ceil(math.log2(1.0 / math.sqrt(plan.inverse.lo) + 1))
     if isinstance(gamma, Shared):
-        room = HEADROOM_BITS - gamma.frac - lead - 3
+        room = HEADROOM_BITS - gamma.frac - lead - 1 - math.ceil(math.log2(max(plan.gain, 1.0)))
         short = max(4, min(r.frac, 19 - math.floor(math.log2(_smallest(plan))), room - 12))
         shrunk = await with_frac(p, s.fork("r"), r, short)
         gain = max(2, min(20, room - short))
@@ -184,12 +193,7 @@ async def _scaled(
         return p.lift(y.viewed(view - max(0, view - frac)), frac)
     gains = torch.as_tensor(root, dtype=torch.float64) if gamma is None else gamma.to(torch.float64) * root
     shape = tuple(torch.broadcast_shapes(r.shape, gains.shape))
-    top = (
-        1.0
-        if gamma is None or gamma.device.type == "meta" or gamma.numel() == 0
-        else float(gamma.abs().max())
-    )
-    gain = max(6, min(26, HEADROOM_BITS - r.frac - lead - math.ceil(math.log2(max(top, 1.0)))))
+    gain = max(6, min(26, HEADROOM_BITS - r.frac - lead - math.ceil(math.log2(max(plan.gain, 1.0)))))
     bits = max(0, r.frac + gain - frac)
     y = await p.linear_truncate(
         s,
@@ -200,14 +204,6 @@ async def _scaled(
         gain_frac=gain,
     )
     return p.lift(y, frac)
-
-
-def _largest(gamma: Shared | Tensor | None) -> float:
-    if gamma is None:
-        return 1.0
-    if isinstance(gamma, Shared) or gamma.device.type == "meta" or gamma.numel() == 0:
-        return 4.0
-    return max(float(gamma.abs().max()), 2.0**-6)
 
 
 def _as_column(p: Protocol, v: Shared | Tensor | None, shape: tuple[int, ...]) -> Shared | Tensor | None:
@@ -248,7 +244,7 @@ async def group_norm(
     centred = p.sub(rows, await _mean(p, s.fork("mean"), rows))
     r = await _inverse_std(p, s.fork("std"), centred, plan)  # (N, G, 1)
     column = _as_column(p, gamma, (1, groups, per))
-    frac = _product_fracs(plan, x.frac, _largest(gamma), _smallest(plan))
+    frac = _product_fracs(plan, x.frac, _smallest(plan))
     scale = await _scaled(p, s.fork("scale"), r, column, plan, frac)  # (N, G, C / G) or (N, G, 1)
     width = scale.shape[-1]
     body = p.linear(lambda part: part.reshape(n, groups, width, -1), centred)
@@ -319,9 +315,8 @@ async def _row_norm(
         return await _times(p, child, rows, weight, None) if isinstance(weight, Shared) else rows
 
     body, r = await s.gather(weighed, lambda child: _inverse_std(p, child, rows, plan))
-    top = _largest(gamma) if weight is not None else 1.0
     extra = None if plus is None else p.linear(lambda part: part.reshape(rows.shape), plus)
-    frac = _product_fracs(plan, x.frac, top, _smallest(plan))
+    frac = _product_fracs(plan, x.frac, _smallest(plan))
     if not isinstance(weight, Tensor):
         scale = await _scaled(p, s.fork("scale"), r, None, plan, frac)
         y = await _times(p, s.fork("out"), body, scale, extra)
@@ -335,8 +330,9 @@ async def _weighed_product(
     p: Protocol, s: Session, d: Shared, r: Shared, gamma: Tensor, plan: NormPlan, plus: Shared | None
 ) -> Shared:
     """d * r * gamma for a public gamma along the last axis: gamma rides on the product's truncation."""
-    top = _largest(gamma)
-    room = HEADROOM_BITS - d.frac - math.ceil(math.log2(plan.reach / math.sqrt(plan.rest) * top))
+    room = (
+        HEADROOM_BITS - d.frac - math.ceil(math.log2(plan.reach / math.sqrt(plan.rest) * max(plan.gain, 1.0)))
+    )
     scale_frac = min(_SCALE_BITS + 1 - math.floor(math.log2(_smallest(plan))), room - 6, r.frac)
     gain = max(4, min(18, room - scale_frac))
     short = await with_frac(p, s.fork("scale"), r, scale_frac)

@@ -29,29 +29,34 @@ Bilinear = Callable[[Tensor, Tensor], Tensor]
 class Window:
     """The bits a comparison looks at: ``bits`` of them above ``shift``.
 
-    Right for words in [-2^(shift+bits-1) + 2^shift, 2^(shift+bits-1)) (without the + 2^shift if shift is 0), except that
-    a word in [0, 2^shift) may count as negative: the window's error band of one unit, above zero only.
+    Right for words in [-2^(shift+bits-1) + 2^shift, 2^(shift+bits-1)) (without the + 2^shift if shift is 0),
+    except that a word in [0, 2^shift) may count as negative: the window's error band of one unit, above zero
+    only.
     """
 
     shift: int
     bits: int
 
     def __post_init__(self) -> None:
-        if not (0 <= self.shift and 2 <= self.bits and self.shift + self.bits <= 64):
+        if not (self.shift >= 0 and self.bits >= 2 and self.shift + self.bits <= 64):
             raise ValueError(f"no comparison window of {self.bits} bits above bit {self.shift}")
 
     def check(self, ring: Ring) -> None:
         """Raise ``TypeMismatch`` unless the window lies inside the ring's words."""
         if ring.kind != "Z" or self.shift + self.bits > ring.bits:
-            raise TypeMismatch(f"a window of {self.bits} bits above bit {self.shift} does not lie inside {ring}")
+            raise TypeMismatch(
+                f"a window of {self.bits} bits above bit {self.shift} does not lie inside {ring}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """f(x) ~ constant + linear*x + quadratic*x^2 + sum_k cos[k]*cos(k*w*(x - centre)) + sin[k]*sin(k*w*(x - centre)).
+    """f(x) ~ constant + linear*x + quadratic*x^2 + sum_k cos[k]*cos(k*w*(x - centre)) + sin[k]*sin(k*w*(x -
+    centre)).
 
-    w = 2*pi / 2^period_log2 and x itself is measured from ``centre`` in the polynomial part too. ``linear`` and
-    ``quadratic`` are exact multiples of 2^-16, so that they cost no precision in the ring. Valid on [lo, hi] alone.
+    w = 2*pi / 2^period_log2 and x itself is measured from ``centre`` in the polynomial part too. ``linear``
+    and ``quadratic`` are exact multiples of 2^-16, so that they cost no precision in the ring. Valid on [lo,
+    hi] alone.
     """
 
     lo: float
@@ -85,8 +90,8 @@ class Series:
 class Protocol(ABC):
     """Seven moves and what follows from them.
 
-    ``fused=False`` keeps products, linear maps and their truncations on the plain moves: slower, and the base for
-    malicious security. :meth:`evaluate` is one move either way.
+    ``fused=False`` keeps products, linear maps and their truncations on the plain moves: slower, and the base
+    for malicious security. :meth:`evaluate` is one move either way.
     """
 
     name: ClassVar[str]
@@ -96,7 +101,7 @@ class Protocol(ABC):
     def __init__(self, *, fused: bool = True) -> None:
         self.fused = fused
 
-    # ---- the seven moves ----------------------------------------------------------------------------------------
+    # ---- the seven moves -----------------------------------------------------------------------------------
 
     @abstractmethod
     async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
@@ -108,11 +113,14 @@ class Protocol(ABC):
 
     @abstractmethod
     def summand(self, s: Session, x: Shared) -> Tensor:
-        """This party's fresh summand of x for a receiver outside the parties (a client): all of them add up to x, and
-        together they say nothing else. Local; the receiver gets k bits from each party."""
+        """This party's fresh summand of x for a receiver outside the parties (a client): all of them add up
+        to x, and together they say nothing else. Local; the receiver gets k bits from each party.
+        """
 
     def linear(self, f: Linear, *xs: Shared, frac: int | None = None) -> Shared:
-        """Any ring-linear f of secrets of one ring, on each component. Local. ``frac`` names the result's scale if f changes it."""
+        """Any ring-linear f of secrets of one ring, on each component. Local. ``frac`` names the result's
+        scale if f changes it.
+        """
         ring = self._same_ring(*xs)
         parts = tuple(f(*components) for components in zip(*(x.parts for x in xs), strict=True))
         return Shared(Secret(ring, xs[0].frac if frac is None else frac, tuple(parts[0].shape)), parts)
@@ -131,9 +139,11 @@ class Protocol(ABC):
 
     @abstractmethod
     def inject(self, s: Session, x: Shared, ring: Ring) -> tuple[Shared, ...]:
-        """Each component of x as a sharing of its own in another ring (words reduced or sign-extended). Local."""
+        """Each component of x as a sharing of its own in another ring (words reduced or sign-extended).
+        Local.
+        """
 
-    # ---- written on top, overridable ----------------------------------------------------------------------------
+    # ---- written on top, overridable -----------------------------------------------------------------------
 
     async def bilinear_truncate(
         self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
@@ -155,7 +165,8 @@ class Protocol(ABC):
         plus: Shared | None = None,
         gain_frac: int = 0,
     ) -> Shared:
-        """(f(x) + plus) >> bits for a public linear f to ``shape`` that multiplies by constants of ``gain_frac`` bits.
+        """(f(x) + plus) >> bits for a public linear f to ``shape`` that multiplies by constants of
+        ``gain_frac`` bits.
 
         f runs only at the parties that need it, so it may encode its constants when called.
         """
@@ -165,7 +176,9 @@ class Protocol(ABC):
         return await self.truncate(s, z, bits)
 
     async def cast(self, s: Session, x: Shared, ring: Ring) -> Shared:
-        """The same value in another Z ring. Z64 -> Z32 is local (|word| < 2^30 asked); Z32 -> Z64 costs 162 bits."""
+        """The same value in another Z ring. Z64 -> Z32 is local (|word| < 2^30 asked); Z32 -> Z64 costs 162
+        bits.
+        """
         if ring == x.ring:
             return x
         if x.ring == Z64 and ring == Z32:
@@ -177,13 +190,17 @@ class Protocol(ABC):
 
     @abstractmethod
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
-        """The sign bit of every element as a bit plane in B8 (eight elements a byte, padded): shape (ceil(n / 8),)."""
+        """The sign bit of every element as a bit plane in B8 (eight elements a byte, padded): shape (ceil(n /
+        8),).
+        """
 
     @abstractmethod
     async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
         """A bit plane as 0/1 words of a Z ring (frac 0): b2a of single bits."""
 
-    async def less_than_zero(self, s: Session, x: Shared, window: Window, *, ring: Ring | None = None) -> Shared:
+    async def less_than_zero(
+        self, s: Session, x: Shared, window: Window, *, ring: Ring | None = None
+    ) -> Shared:
         """[x < 0] as 0/1 words with frac 0, judged on the window's bits."""
         plane = await self.sign_bits(s.fork("sign"), x, window)
         return await self.bits_to_words(s.fork("b2a"), plane, ring or x.ring, x.shape)
@@ -196,9 +213,11 @@ class Protocol(ABC):
 
     @abstractmethod
     async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """A univariate function given as a :class:`Series`, elementwise, with ``frac`` (default: x's) fraction bits."""
+        """A univariate function given as a :class:`Series`, elementwise, with ``frac`` (default: x's)
+        fraction bits.
+        """
 
-    # ---- local conveniences -------------------------------------------------------------------------------------
+    # ---- local conveniences --------------------------------------------------------------------------------
 
     def add(self, x: Shared, y: Shared) -> Shared:
         """x + y with broadcasting; scales must agree."""
@@ -213,7 +232,9 @@ class Protocol(ABC):
     def lift(self, x: Shared, frac: int) -> Shared:
         """The same value with more fraction bits: an exact local shift. The range shrinks by as many bits."""
         if frac < x.frac:
-            raise TypeMismatch(f"{frac} fraction bits are fewer than the {x.frac} there are; truncate instead")
+            raise TypeMismatch(
+                f"{frac} fraction bits are fewer than the {x.frac} there are; truncate instead"
+            )
         if frac == x.frac:
             return x
         bits = frac - x.frac

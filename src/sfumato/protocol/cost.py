@@ -1,7 +1,8 @@
 """What each move of ``rep3`` sends, as data: documentation that a test holds to the wire.
 
-Nothing plans with these formulas; an estimate is a run on shapes. ``tests/conformance/test_protocol.py`` compares every
-one of them, per party and to the byte, with the counted messages. Roles are those of ``Session.role``.
+Nothing plans with these formulas; an estimate is a run on shapes. ``tests/conformance/test_protocol.py``
+compares every one of them, per party and to the byte, with the counted messages. Roles are those of
+``Session.role``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["MOVES", "Cost", "Message", "bits", "rounds"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message from role ``frm``: ``fields`` fields of ``bits`` bits per element, or as many bit planes."""
+    """One message from role ``frm``: ``fields`` fields of ``bits`` bits an element, or bit planes."""
 
     frm: int
     to: int
@@ -28,7 +29,9 @@ class Message:
 
     def bytes(self, count: int) -> int:
         """Payload bytes for ``count`` elements, padding included."""
-        return self.fields * plane_bytes(count) if self.plane else packed_bytes(count * self.fields, self.bits)
+        return (
+            self.fields * plane_bytes(count) if self.plane else packed_bytes(count * self.fields, self.bits)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,9 @@ def _less_than_zero(*, k: int, m: int, **_: int) -> Cost:
 
 
 def _evaluate(*, f: int, period: int, harmonics: int, squared: int, out: int, **_: int) -> Cost:
-    """``f``: fraction bits of x; ``out``: of the result; ``period``: log2 of the period; ``squared``: 1 if there is x^2."""
+    """``f``: fraction bits of x; ``out``: of the result; ``period``: log2 of the period; ``squared``: 1 if
+    there is x^2.
+    """
     opened = Message(0, 1, 64 if squared else period + f)
     dealt = Message(2, 1, 64, 2 * harmonics + squared)
     return Cost((opened, dealt), 1) + _truncate(k=64, f=2 * f + 16 - out)

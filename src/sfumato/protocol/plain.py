@@ -23,7 +23,9 @@ _KEY = b"sfumato plain rounding".ljust(32, b"\0")
 
 
 class Plain(Protocol):
-    """One party, real words, stochastic rounding as in ``rep3``: floor, or ceiling with probability equal to the fraction."""
+    """One party, real words, stochastic rounding as in ``rep3``: floor, or ceiling with probability equal to
+    the fraction.
+    """
 
     name = "plain"
     parties = 1
@@ -53,7 +55,8 @@ class Plain(Protocol):
         return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
-        """Domain: |word| < 2^(k-2), asserted. Error: |e| < 1 ulp, mean 0, the distribution of rep3's ``close``.
+        """Domain: |word| < 2^(k-2), asserted. Error: |e| < 1 ulp, mean 0, the distribution of rep3's
+        ``close``.
 
         Raises:
             RangeError: a word left the range in which truncation is right; names the path.
@@ -87,7 +90,8 @@ class Plain(Protocol):
         return Shared(Secret(ring, 0, shape), (from_plane(plane.parts[0], shape, ring.dtype),))
 
     async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """The series in float64 on the decoded value, rounded once as the closing truncation does, with its headroom.
+        """The series in float64 on the decoded value, rounded once as the closing truncation does, with its
+        headroom.
 
         Raises:
             RangeError: a result leaves the range in which rep3's closing truncation is right; names the path.
@@ -101,7 +105,7 @@ class Plain(Protocol):
         limit = 2.0 ** (x.ring.bits - 2)
         if exact.numel() and not bool((exact.abs() < limit).all()):
             raise RangeError(
-                f"a function's value at {s.path} needs more than {x.ring.bits - 2 - scale} bits before the point; "
+                f"a function's value at {s.path} needs more than {x.ring.bits - 2 - scale} integer bits; "
                 "use fewer fraction bits, or calibrate on inputs like this one"
             )
         fine = Shared(Secret(x.ring, scale, x.shape), (exact.round().to(x.ring.dtype),))

@@ -24,25 +24,29 @@ __all__ = ["Rep3"]
 
 
 class Rep3(Protocol):
-    """Replicated three-party protocol. Every message is masked by a stream that its receiver does not know."""
+    """Replicated three-party protocol. Every message hides under a stream that its receiver lacks."""
 
     name = "rep3"
     parties = 3
     truncation = TruncationError(max_ulp=1.0, bias_ulp=0.0, headroom_bits=2)
 
-    # ---- in and out ---------------------------------------------------------------------------------------------
+    # ---- in and out ----------------------------------------------------------------------------------------
 
     async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
-        """Cost: 1 round, k bits. Exact. Leaks: nothing; the one message is x minus a stream its receiver does not know.
+        """Cost: 1 round, k bits. Exact. Leaks: nothing; the one message is x minus a stream its receiver does
+        not know.
 
-        The owner's two components are c_owner (stream with the party before it) and the rest; component owner+2 is 0.
+        The owner's two components are c_owner (stream with the party before it) and the rest; component
+        owner+2 is 0.
         """
         role = (s.party - owner) % 3
         peer = (owner + 1) % 3
         zero = torch.zeros(type.shape, dtype=type.ring.dtype, device=s.device)
         roles = ((owner - s.turn) % 3, (owner + 2 - s.turn) % 3)
         if role == 1:
-            (rest,) = await s.exchange([], [Receive(owner, "rest", type.shape, type.ring.dtype, type.ring.bits)])
+            (rest,) = await s.exchange(
+                [], [Receive(owner, "rest", type.shape, type.ring.dtype, type.ring.bits)]
+            )
             return Shared(type, (rest, zero))
         mask = s.prg("share", roles, type.ring, type.shape)
         if role == 2:
@@ -68,13 +72,15 @@ class Rep3(Protocol):
         return _plus(x.ring, _plus(x.ring, x.parts[0], x.parts[1]), got[0])
 
     def summand(self, s: Session, x: Shared) -> Tensor:
-        """x_i plus a zero share, so that the three summands are uniform but for their sum. Leaks: nothing else."""
+        """x_i plus a zero share, so that the three summands are uniform but for their sum. Leaks: nothing
+        else.
+        """
         return _plus(x.ring, x.parts[0], zero_share(s, x.ring, x.shape))
 
-    # ---- local --------------------------------------------------------------------------------------------------
+    # ---- local ---------------------------------------------------------------------------------------------
 
     def add_public(self, s: Session, x: Shared, c: Tensor) -> Shared:
-        """Component 0 takes the constant: parties 0 (first part) and 2 (second part) hold it. Local, exact."""
+        """Component 0 takes the constant: parties 0 (first part) and 2 (second) hold it. Local, exact."""
         first, second = x.parts
         if s.party == 0:
             first = _plus(x.ring, first, c)
@@ -93,10 +99,11 @@ class Rep3(Protocol):
         place = {s.party: (first, zero), (s.party + 2) % 3: (zero, zero), (s.party + 1) % 3: (zero, second)}
         return tuple(Shared(type, place[j]) for j in range(3))
 
-    # ---- products and truncation --------------------------------------------------------------------------------
+    # ---- products and truncation ---------------------------------------------------------------------------
 
     async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
-        """Cost: 1 round, 3k bits. Leaks: nothing; each message carries a zero share its receiver lacks half of.
+        """Cost: 1 round, 3k bits. Leaks: nothing; each message carries a zero share its receiver lacks half
+        of.
 
         Exact. Source: [AFL16], with the product of sums folded into two local products a party.
         """
@@ -116,8 +123,8 @@ class Rep3(Protocol):
     ) -> Shared:
         """Cost: 3 rounds, 3k + f + 2 bits, five local products in all. Leaks: nothing.
 
-        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x, y) + plus| < 2^(k-2) in words. Source: [GeoTrunc25],
-        [AFL16]; docs/security/rep3.md, "bilinear_truncate".
+        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x, y) + plus| < 2^(k-2) in words. Source:
+        [GeoTrunc25], [AFL16]; docs/security/rep3.md, "bilinear_truncate".
         """
         if not self.fused:
             return await super().bilinear_truncate(s, f, x, y, bits, plus=plus)
@@ -138,8 +145,8 @@ class Rep3(Protocol):
     ) -> Shared:
         """Cost: 2 rounds, 2k + f + 2 bits, two local maps in all. Leaks: nothing.
 
-        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x) + plus| < 2^(k-2) in words. Source: [GeoTrunc25];
-        docs/security/rep3.md, "truncate".
+        Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x) + plus| < 2^(k-2) in words. Source:
+        [GeoTrunc25]; docs/security/rep3.md, "truncate".
         """
         if not self.fused:
             return await super().linear_truncate(s, f, x, bits, shape=shape, plus=plus, gain_frac=gain_frac)
@@ -157,7 +164,7 @@ class Rep3(Protocol):
         """
         return await close(s, Additive.fold(s, _identity, x, x.shape), bits, x.ring, x.frac - bits, ring)
 
-    # ---- bits ---------------------------------------------------------------------------------------------------
+    # ---- bits ----------------------------------------------------------------------------------------------
 
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
         """Cost: 2 + ceil(log2(m - 1)) rounds, about 8m bits; see :func:`less_bits`. Leaks: nothing."""
@@ -167,14 +174,15 @@ class Rep3(Protocol):
         """Cost: 2 rounds, 3k + 2 bits. Exact. Leaks: nothing."""
         return await bits_to_words(s, plane, ring, shape)
 
-    # ---- one opening --------------------------------------------------------------------------------------------
+    # ---- one opening ---------------------------------------------------------------------------------------
 
     async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """One opening, 3 rounds; see :mod:`sfumato.protocol.rep3_evaluate`. The same with ``fused=False``: it has no
-        form on the plain moves yet, and a caller who wants none of it composes polynomials instead."""
+        """One opening, 3 rounds; see :mod:`sfumato.protocol.rep3_evaluate`. The same with ``fused=False``: it
+        has no form on the plain moves yet, and a caller who wants none of it composes polynomials instead.
+        """
         return await evaluate(self, s, series, x, x.frac if frac is None else frac)
 
-    # ---- at the client ------------------------------------------------------------------------------------------
+    # ---- at the client -------------------------------------------------------------------------------------
 
     @staticmethod
     def split(words: Tensor, ring: Ring, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

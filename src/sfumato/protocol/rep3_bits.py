@@ -1,7 +1,7 @@
 """Bit-sliced boolean circuits for replicated shares: carries, sign bits, a2b, and single bits back to words.
 
-A secret of m bits is m bit planes in B8 (byte = eight elements), so a gate is one xor or and over packed bytes and
-planes travel without packing. Arguments in docs/security/rep3.md, "bits".
+A secret of m bits is m bit planes in B8 (byte = eight elements), so a gate is one xor or and over packed
+bytes and planes travel without packing. Arguments in docs/security/rep3.md, "bits".
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ __all__ = ["bits_to_words", "from_plane", "less_bits", "to_bits", "to_planes"]
 
 
 def to_planes(words: Tensor, bits: int) -> Tensor:
-    """Bits 0..bits-1 of every word as packed planes; words (any shape, n elements) -> (bits, ceil(n / 8)) uint8."""
+    """Bits 0..bits-1 of every word as packed planes; words (any shape, n elements) -> (bits, ceil(n / 8))
+    uint8.
+    """
     count = words.numel()
     if words.device.type == "meta":
         return torch.empty((bits, plane_bytes(count)), dtype=torch.uint8, device="meta")
@@ -37,7 +39,11 @@ def from_plane(plane: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     if plane.device.type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
     count = int(np.prod(shape, dtype=np.int64))
-    return torch.from_numpy(np.unpackbits(plane.numpy(), count=count, bitorder="little")).reshape(shape).to(dtype)
+    return (
+        torch.from_numpy(np.unpackbits(plane.numpy(), count=count, bitorder="little"))
+        .reshape(shape)
+        .to(dtype)
+    )
 
 
 async def _operands(s: Session, x: Shared, window: Window) -> tuple[Shared, Shared]:
@@ -64,7 +70,9 @@ async def _operands(s: Session, x: Shared, window: Window) -> tuple[Shared, Shar
 
 
 async def _first_and(s: Session, u: Shared, v: Shared) -> Shared:
-    """u & v where v has component 2 alone. Cost: 1 round, 2 bits a bit: roles 1 and 2 exchange masked summands."""
+    """u & v where v has component 2 alone. Cost: 1 round, 2 bits a bit: roles 1 and 2 exchange masked
+    summands.
+    """
     shape = u.shape
     if s.role == 0:
         return Shared(u.type, (s.prg("c0", (0, 2), B8, shape), s.prg("c1", (0, 1), B8, shape)))
@@ -84,7 +92,7 @@ async def _first_and(s: Session, u: Shared, v: Shared) -> Shared:
 
 
 async def _and(s: Session, x: Shared, y: Shared) -> Shared:
-    """Bitwise and of replicated planes. Cost: 1 round, 3 bits a bit. Each message hides under a zero share."""
+    """Bitwise and of replicated planes. Cost: 1 round, 3 bits a bit. Zero shares hide the messages."""
     (a, b), (c, d) = x.parts, y.parts
     shape, r = x.shape, s.role
     nxt, prv = (r + 1) % 3, (r + 2) % 3
@@ -113,8 +121,9 @@ def _stack(*xs: Shared) -> Shared:
 async def less_bits(s: Session, x: Shared, window: Window) -> Shared:
     """The top bit of the window of x = u0 + u1 as a plane, by a carry tree.
 
-    Cost for m bits: 2 + ceil(log2(m - 1)) rounds, about 8m bits (118 at m = 16). Error: values in [0, 2^shift)
-    may count as negative; exact if shift is 0. Leaks: nothing. Source: [ABY3] for the operands, [SPU] for the tree.
+    Cost for m bits: 2 + ceil(log2(m - 1)) rounds, about 8m bits (118 at m = 16). Error: values in [0,
+    2^shift) may count as negative; exact if shift is 0. Leaks: nothing. Source: [ABY3] for the operands,
+    [SPU] for the tree.
     """
     u, v = await _operands(s.fork("operands"), x, window)
     low = slice(0, window.bits - 1)
@@ -149,8 +158,8 @@ def _rows_flat(x: Shared) -> Shared:
 async def to_bits(s: Session, x: Shared, window: Window) -> Shared:
     """a2b: all bits of the window as planes (m, ceil(n / 8)), by a Sklansky prefix adder.
 
-    Cost: 2 + ceil(log2(m - 1)) rounds, about 3m + 3m log2(m) bits. Error: the window of floor(u0) + floor(u1), which is
-    one unit of 2^shift low for half of the values when shift > 0.
+    Cost: 2 + ceil(log2(m - 1)) rounds, about 3m + 3m log2(m) bits. Error: the window of floor(u0) +
+    floor(u1), which is one unit of 2^shift low for half of the values when shift > 0.
     """
     m = window.bits
     u, v = await _operands(s.fork("operands"), x, window)
@@ -163,7 +172,9 @@ async def to_bits(s: Session, x: Shared, window: Window) -> Shared:
         upper = [i for i in range(m - 1) if (i // span) % 2 == 1]
         pivot = [(i // span) * span - 1 for i in upper]
         p_upper = _rows(p, upper)
-        product = await _and(s.fork(f"prefix{level}"), _stack(p_upper, p_upper), _stack(_rows(g, pivot), _rows(p, pivot)))
+        product = await _and(
+            s.fork(f"prefix{level}"), _stack(p_upper, p_upper), _stack(_rows(g, pivot), _rows(p, pivot))
+        )
         g = _replaced(g, upper, _xor(_rows(g, upper), _rows(product, slice(0, len(upper)))))
         p = _replaced(p, upper, _rows(product, slice(len(upper), None)))
         span, level = span * 2, level + 1

@@ -1,4 +1,5 @@
-"""From an additive sharing between roles 0 and 1 back to replicated shares, dropping fraction bits on the way.
+"""From an additive sharing between roles 0 and 1 back to replicated shares, dropping fraction bits on the
+way.
 
 Role 2 deals: it knows two random bits and never sees what they mask. See docs/security/rep3.md, "close".
 """
@@ -19,7 +20,9 @@ __all__ = ["Additive", "close", "open_product", "reshare", "zero_share"]
 
 
 def zero_share(s: Session, ring: Ring, shape: tuple[int, ...]) -> Tensor:
-    """This party's summand of zero: its stream with the next role minus (or xor) its stream with the one before. Local."""
+    """This party's summand of zero: its stream with the next role minus (or xor) its stream with the one
+    before. Local.
+    """
     after, before = (s.role + 1) % 3, (s.role + 2) % 3
     ahead = s.prg("zero", (min(s.role, after), max(s.role, after)), ring, shape)
     behind = s.prg("zero", (min(s.role, before), max(s.role, before)), ring, shape)
@@ -35,7 +38,8 @@ class Additive:
 
     @staticmethod
     def fold(s: Session, f: Linear, x: Shared, shape: tuple[int, ...]) -> Additive:
-        """f(x) as u0 = f(x0 + x1) + z at role 0, u1 = f(x2) - z at role 1: two local maps in all, none at role 2.
+        """f(x) as u0 = f(x0 + x1) + z at role 0, u1 = f(x2) - z at role 1: two local maps in all, none at
+        role 2.
 
         z comes from the stream of roles 0 and 1. It hides nothing; it makes the rounding error of the closing
         truncation independent of how x is shared (a fresh input or a constant has a component of zeros).
@@ -45,7 +49,9 @@ class Additive:
         first, second = x.parts
         words = f(first + second) if s.role == 0 else f(second)
         if tuple(words.shape) != shape:
-            raise TypeMismatch(f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared")
+            raise TypeMismatch(
+                f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared"
+            )
         z = s.prg("split", (0, 1), x.ring, shape)
         return Additive(words + z if s.role == 0 else words - z, shape)
 
@@ -56,14 +62,17 @@ class Additive:
         first, second = x.parts
         words = self.words + (first + second if s.role == 0 else second)
         if tuple(words.shape) != self.shape or words.dtype != self.words.dtype:
-            raise TypeMismatch(f"{x.type} cannot be added to a result of shape {list(self.shape)} in another ring or shape")
+            raise TypeMismatch(
+                f"{x.type} cannot be added to a result of shape {list(self.shape)} in another ring or shape"
+            )
         return Additive(words, self.shape)
 
 
 async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shared | None) -> Additive:
     """f(x, y) (+ plus) as an additive sharing of roles 0 and 1. Cost: 1 round, k bits. Five products in all.
 
-    Role 2 sends its summand under a stream it has with role 0, which role 0 adds back: role 1 sees a uniform word.
+    Role 2 sends its summand under a stream it has with role 0, which role 0 adds back: role 1 sees a uniform
+    word.
     """
     ring, role = x.ring, s.role
     (a, b), (c, d) = x.parts, y.parts
@@ -89,18 +98,23 @@ def _added(s: Session, u: Additive, plus: Shared | None) -> Additive:
     return u if plus is None else u.plus(s, plus)
 
 
-async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, ring: Ring | None = None) -> Shared:
+async def close(
+    s: Session, u: Additive, bits: int, source: Ring, frac: int, ring: Ring | None = None
+) -> Shared:
     """(u0 + u1) / 2^bits as replicated shares in ``ring``.
 
-    The ring's wrap w of u0 + u1 is p - a*b for bits a, p known to role 0 and b to role 1, if |value| < 2^(k-2);
-    a*b is one private product of two bits with role 2's help. Role 0 rounds up, role 1 rounds down.
+    The ring's wrap w of u0 + u1 is p - a*b for bits a, p known to role 0 and b to role 1, if |value| <
+    2^(k-2); a*b is one private product of two bits with role 2's help. Role 0 rounds up, role 1 rounds down.
 
-    Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits, k' = bits of ``ring``; 2k' and 1 round if nothing is dropped.
-    Error: floor or ceiling of the exact quotient; the ceiling with probability equal to the fraction when u1 is
-    uniform, so |e| < 1 ulp, mean 0, and a quotient without remainder is exact. Cannot fail in its range.
-    Leaks: nothing; every message hides under a stream of its sender with a party that is not its receiver.
-    Source: [GeoTrunc25] for the two-party wrap, [AFL16] for the sharing; the sign form p - a*b and the two-bit
-    product are our own (docs/design/003).
+    Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits, k' = bits of ``ring``; 2k' and 1 round if nothing is
+    dropped.
+    Error: floor or ceiling of the exact quotient; the ceiling with probability equal to the fraction
+    when u1 is uniform, so |e| < 1 ulp, mean 0, and a quotient without remainder is exact. Cannot fail in its
+    range.
+    Leaks: nothing; every message hides under a stream of its sender with a party that is not its
+    receiver.
+    Source: [GeoTrunc25] for the two-party wrap, [AFL16] for the sharing; the sign form p - a*b and
+    the two-bit product are our own (docs/design/003).
 
     Raises:
         TypeMismatch: a boolean ring, a narrower result, or ``bits`` outside [0, k).
@@ -157,8 +171,9 @@ async def close(s: Session, u: Additive, bits: int, source: Ring, frac: int, rin
 
 
 async def reshare(s: Session, y: Tensor | None, shape: tuple[int, ...], ring: Ring, frac: int) -> Shared:
-    """y0 + y1 at roles 0 and 1 as replicated shares. Cost: 1 round, 2k bits. Each message hides under a stream of
-    its sender with role 2."""
+    """y0 + y1 at roles 0 and 1 as replicated shares. Cost: 1 round, 2k bits. Each message hides under a
+    stream of its sender with role 2.
+    """
     type = Secret(ring, frac, shape)
     bits = ring.bits
     if s.role == 2:

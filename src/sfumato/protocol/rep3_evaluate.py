@@ -1,8 +1,9 @@
 """A univariate function by one opening: role 2 deals sines of a mask, roles 0 and 1 open the masked value.
 
-One-way form: the mask is t = x2 + r with r from the stream of roles 0 and 2, so x - t = x0 + x1 - r is known to role 0
-without a message and one message tells role 1. Role 2 never sees it. Argument in docs/security/rep3.md, "evaluate".
-Source: digest mpc-friendly 6.8, design.md 5; own: exact short polynomial coefficients, so that only sines are rounded.
+One-way form: the mask is t = x2 + r with r from the stream of roles 0 and 2, so x - t = x0 + x1 - r is known
+to role 0 without a message and one message tells role 1. Role 2 never sees it. Argument in
+docs/security/rep3.md, "evaluate". Source: digest mpc-friendly 6.8, design.md 5; own: exact short polynomial
+coefficients, so that only sines are rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ __all__ = ["check_domain", "evaluate", "series_scale"]
 
 #: Fraction bits of the dealt sines.
 _DEALT = 22
-#: Fraction bits of a series' coefficients; with sines of 30 bits, products of coefficients below 8 fit a word.
+#: Fraction bits of a series' coefficients; with sines of 30 bits, products of coefficients below 8 fit a
+#: word.
 _COEFFICIENT = 28
 #: Elements whose harmonics are worked on at a time: they stay in cache.
 _CHUNK = 1 << 14
@@ -40,17 +42,19 @@ def check_domain(series: Series, type: Secret) -> None:
         raise TypeMismatch(f"evaluate takes 0 to 20 fraction bits, not {type.frac}; truncate first")
     if not 12 <= series.period_log2 + type.frac <= 50:
         raise TypeMismatch(
-            f"a period of 2^{series.period_log2} with {type.frac} fraction bits is outside the sine table's 12 to 50 bits"
+            f"a period of 2^{series.period_log2} with {type.frac} fraction bits is "
+            "outside the sine table's 12 to 50 bits"
         )
 
 
 async def evaluate(p: Protocol, s: Session, series: Series, x: Shared, frac: int) -> Shared:
-    """series(x) with ``frac`` fraction bits. Domain: the series' interval; x in Z64 with at most 20 fraction bits.
+    """series(x) with ``frac`` fraction bits. Domain: the series' interval; x in Z64 with at most 20 fraction
+    bits.
 
-    Cost: 3 rounds; 64 (opening) + 64 per harmonic and sine or cosine + 64 (x^2, if any) + truncation 2*64 + f' + 2.
-    Opens period_log2 + frac bits instead of 64 if there is no x^2. Range: |series| < 2^(62 - 2 frac - 16).
-    Error: the fit's plus about 2^-22 per unit of sum |coefficients| plus one ulp. Leaks: nothing; role 2 knows the
-    mask and receives nothing.
+    Cost: 3 rounds; 64 (opening) + 64 per harmonic and sine or cosine + 64 (x^2, if any) + truncation 2*64 +
+    f' + 2. Opens period_log2 + frac bits instead of 64 if there is no x^2. Range: |series| < 2^(62 - 2 frac -
+    16). Error: the fit's plus about 2^-22 per unit of sum |coefficients| plus one ulp. Leaks: nothing; role 2
+    knows the mask and receives nothing.
     """
     check_domain(series, x.type)
     scale = series_scale(x.frac)
@@ -64,8 +68,8 @@ async def evaluate(p: Protocol, s: Session, series: Series, x: Shared, frac: int
     rows = 2 * harmonics + squared
     shape, dealt_shape = x.shape, (rows, *x.shape)
     first, second = x.parts
-    poly = int(round(series.linear * 2**Series.POLY_FRAC)) << x.frac
-    square = int(round(series.quadratic * 2**Series.POLY_FRAC))
+    poly = round(series.linear * 2**Series.POLY_FRAC) << x.frac
+    square = round(series.quadratic * 2**Series.POLY_FRAC)
     if s.role == 2:
         mask = first + s.prg("t", (0, 2), Z64, shape)
         table = _dealt(mask, period_bits, harmonics, squared) - s.prg("dealt", (0, 2), Z64, dealt_shape)
@@ -78,7 +82,7 @@ async def evaluate(p: Protocol, s: Session, series: Series, x: Shared, frac: int
         await s.exchange([Send(s.at(1), "delta", delta, opened_bits)])
         table = s.prg("dealt", (0, 2), Z64, dealt_shape)
         u = known * poly
-        u += int(round(series.constant * 2.0**scale))
+        u += round(series.constant * 2.0**scale)
         if squared:
             u += square * (delta * delta + 2 * delta * mask + table[-1])
     else:
@@ -120,8 +124,8 @@ def _dealt(mask: Tensor, period_bits: int, count: int, squared: bool) -> Tensor:
 def _add_sines(u: Tensor, series: Series, delta: Tensor, period_bits: int, table: Tensor, scale: int) -> None:
     """Add sum_k c_k cos(k(d + t)) + s_k sin(k(d + t)) to u in place, by the addition theorem.
 
-    Public factors are integers scaled by 2^``scale`` from integer sines and 2^28-scaled coefficients, bit-identical at
-    both roles.
+    Public factors are integers scaled by 2^``scale`` from integer sines and 2^28-scaled coefficients,
+    bit-identical at both roles.
     """
     if u.device.type == "meta" or not series.cos:
         return

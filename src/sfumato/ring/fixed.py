@@ -15,10 +15,12 @@ __all__ = ["decode", "encode", "encode_scalar"]
 def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
     """Round ``x * 2^frac`` to the nearest word (ties to even), any shape.
 
-    The product with a power of two is exact in float64 and the rounding is IEEE, so every machine gets the same words.
+    The product with a power of two is exact in float64 and the rounding is IEEE, so every machine gets the
+    same words.
 
     Raises:
-        RangeError: a value is not finite or does not fit below 2^(bits - 2), the range that truncation allows.
+        RangeError: a value is not finite or does not fit below 2^(bits - 2), the range that truncation
+            allows.
     """
     if x.device.type == "meta":
         return torch.empty(x.shape, dtype=ring.dtype, device="meta")
@@ -26,7 +28,8 @@ def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
     limit = 2.0 ** (ring.bits - 2)
     if scaled.numel() and not bool((scaled.abs() < limit).all()):
         raise RangeError(
-            f"a value does not fit {ring} with {frac} fraction bits (|x| < 2^{ring.bits - 2 - frac}, finite); "
+            f"a value does not fit {ring} with {frac} fraction bits (finite, "
+            f"|x| < 2^{ring.bits - 2 - frac}); "
             "use fewer fraction bits or rescale the model"
         )
     return scaled.to(ring.dtype)

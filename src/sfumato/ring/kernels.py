@@ -1,7 +1,8 @@
-"""``torch.library`` ops on ring words: matmul and convolution mod 2^k, with fake versions for the meta device.
+"""``torch.library`` ops on ring words: matmul and convolution mod 2^k, with fake versions for the meta
+device.
 
-Plain torch integer kernels are the reference and today's CPU version; a native or CUDA kernel registers itself for
-its device under the same names and nothing above this file changes.
+Plain torch integer kernels are the reference and today's CPU version; a native or CUDA kernel registers
+itself for its device under the same names and nothing above this file changes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fields of any width really packed on the wire.
 
-A field of w bits travels as w // 8 byte planes followed by planes of 4, 2 and 1 bits for the rest, each plane packed
-densely and padded to a byte. The size depends on count and width alone.
+A field of w bits travels as w // 8 byte planes followed by planes of 4, 2 and 1 bits for the rest, each plane
+packed densely and padded to a byte. The size depends on count and width alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pack(words: Tensor, bits: int) -> memoryview | bytes:
         flat = flat.to(torch.uint8)
     array = flat.contiguous().numpy()
     if bits == array.dtype.itemsize * 8:
-        return memoryview(array.view(np.uint8))
+        return array.view(np.uint8).data
     array = array.view(np.dtype(f"u{array.dtype.itemsize}"))
     out = np.empty(packed_bytes(array.size, bits), np.uint8)
     at = 0
@@ -49,7 +49,7 @@ def pack(words: Tensor, bits: int) -> memoryview | bytes:
         else:
             _pack_small(shifted, width, out[at : at + size])
         at += size
-    return memoryview(out)
+    return out.data
 
 
 def _pack_small(field: np.ndarray, width: int, out: np.ndarray) -> None:
@@ -65,8 +65,11 @@ def _pack_small(field: np.ndarray, width: int, out: np.ndarray) -> None:
         out |= small[i::per] << np.uint8(i * width)
 
 
-def unpack(data: bytes | memoryview, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`pack`: words with the field in their low bits, zero above (full words keep their sign).
+def unpack(
+    data: bytes | bytearray | memoryview, bits: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Inverse of :func:`pack`: words with the field in their low bits, zero above (full words keep their
+    sign).
 
     Raises:
         LinkError: the number of bytes is not the one that shape and width ask for.
@@ -74,7 +77,8 @@ def unpack(data: bytes | memoryview, bits: int, shape: tuple[int, ...], dtype: t
     count = int(np.prod(shape, dtype=np.int64))
     if len(data) != packed_bytes(count, bits):
         raise LinkError(
-            f"a message of {len(data)} bytes where {packed_bytes(count, bits)} were expected; the peer runs another program"
+            f"a message of {len(data)} bytes where {packed_bytes(count, bits)} were expected; "
+            "the peer runs another program"
         )
     size = dtype.itemsize
     signed = "u1" if size == 1 else f"i{size}"

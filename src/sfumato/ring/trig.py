@@ -1,7 +1,7 @@
 """Integer sines of opened values: bit-identical on every machine, no float library in sight.
 
-A word's phase is its value modulo a power of two. The high bits look up a table made by exact big-integer rotations,
-the low bits use two Taylor terms, harmonics follow by rotation; all in integers scaled by 2^30.
+A word's phase is its value modulo a power of two. The high bits look up a table made by exact big-integer
+rotations, the low bits use two Taylor terms, harmonics follow by rotation; all in integers scaled by 2^30.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def table_digest() -> int:
 def harmonics(words: Tensor, period_bits: int, count: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2*pi*k*words / 2^period_bits for k = 1..count; (count, *shape) int64, scaled by 2^30.
 
-    Error below 2^-23 for count up to 40, growing in proportion to the harmonic. ``period_bits`` is at least 12 and at most 50.
+    Error below 2^-23 for count up to 40, growing in proportion to the harmonic. ``period_bits`` is at least
+    12 and at most 50.
     """
     if words.device.type == "meta":
         empty = torch.empty((count, *words.shape), dtype=torch.int64, device="meta")

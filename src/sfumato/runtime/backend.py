@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -266,6 +268,9 @@ class Lockstep(Backend):
     def _send(
         self, command: Command, attachments: Sequence[Sequence[Tensor]]
     ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        if isinstance(command, Load):
+            # A plan reaches real parties as JSON text; what does not survive that must fail here, too.
+            command = replace(command, plan=json.loads(json.dumps(command.plan)))
         tasks = [
             Scheduler(link, machine.perform(command, list(own)))
             for link, machine, own in zip(self._links, self._machines, attachments, strict=True)

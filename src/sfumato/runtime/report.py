@@ -66,7 +66,9 @@ class CostReport:
         """Costs summed over the first ``depth`` components of the paths, largest first."""
         groups: dict[str, list[list[int]]] = {}
         for path, cost in self.by_path.items():
-            key = "/".join(path.strip("/").split("/")[:depth])
+            # "~" and "#" mark what overlaps with what, not where in the model it is.
+            names = [part for part in path.strip("/").split("/") if part[:1] not in "~#"]
+            key = "/".join(names[:depth])
             sums = groups.setdefault(key, [[0] * len(cost.bytes_sent), [0] * len(cost.sends)])
             for i, (size, count) in enumerate(zip(cost.bytes_sent, cost.sends, strict=True)):
                 sums[0][i] += size

@@ -56,7 +56,7 @@ class Scheduler:
             LinkError: from the link, on timeout or loss of a peer.
         """
         try:
-            while not self.done:
+            while True:
                 self.advance()
                 if self.done:
                     break
@@ -187,7 +187,9 @@ def lockstep(schedulers: Sequence[Scheduler]) -> list[Any]:
 
 
 def simulation_keys(seed: bytes, party: int, parties: int = 3) -> dict[int, bytes]:
-    """Pair keys of a simulated run, derived from one seed that every simulated party knows. Never for real runs."""
+    """Pair keys of a simulated run, derived from one seed that every simulated party knows. Never for real
+    runs.
+    """
     keys = {}
     for peer in range(parties):
         if peer != party:
@@ -209,8 +211,8 @@ def simulate(
 ) -> tuple[list[Any], list[Ledger]]:
     """Run ``main(session)`` for every party in lockstep; results and ledgers in party order.
 
-    ``device="meta"`` runs on shapes alone: the ledgers are exact, nothing is computed. ``streams`` and ``links``
-    replace randomness and channels in tests.
+    ``device="meta"`` runs on shapes alone: the ledgers are exact, nothing is computed. ``streams`` and
+    ``links`` replace randomness and channels in tests.
     """
     mesh = links or LockstepLink.mesh(parties)
     ledgers = [Ledger() for _ in range(parties)]

@@ -18,7 +18,9 @@ class Row:
 
 @dataclass(slots=True)
 class Ledger:
-    """Rows by path of one party. ``rounds`` is the depth of the longest chain of messages that ends at this party."""
+    """Rows by path of one party. ``rounds`` is the depth of the longest chain of messages that ends at this
+    party.
+    """
 
     rows: dict[str, Row] = field(default_factory=dict)
     rounds: int = 0

@@ -1,4 +1,4 @@
-"""One party's view of one joint run: where it is (path), what it may draw (streams), how it talks (exchange)."""
+"""One party's view of one joint run: where it is (path), what it draws (streams), how it talks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ __all__ = ["Branch", "Gather", "Receive", "Send", "Session", "Wanted"]
 
 
 class Send(NamedTuple):
-    """A message to ``to``: the low ``bits`` bits of each word of ``words``. Its name is unique within the path."""
+    """A message to ``to``: the low ``bits`` bits of each word of ``words``. Its name is unique within the
+    path.
+    """
 
     to: int
     name: str
@@ -71,8 +73,8 @@ class _Clock:
 class Session:
     """One party in one operation of one run.
 
-    ``path`` names tags, streams and ledger rows. ``turn`` rotates the roles of a primitive: the party with index
-    ``(role + turn) % 3`` plays ``role``.
+    ``path`` names tags, streams and ledger rows. ``turn`` rotates the roles of a primitive: the party with
+    index ``(role + turn) % 3`` plays ``role``.
     """
 
     __slots__ = (
@@ -109,7 +111,7 @@ class Session:
         self._row = path
         self._children: set[str] = set()
 
-    # ---- where we are -------------------------------------------------------------------------------------------
+    # ---- where we are --------------------------------------------------------------------------------------
 
     def fork(self, name: str, *, turn: int | None = None, row: bool = False) -> Session:
         """A child operation with its own tags and streams; ``row`` gives it its own ledger row.
@@ -146,7 +148,7 @@ class Session:
     def clock(self) -> int:
         return self._clock.now
 
-    # ---- what we do ---------------------------------------------------------------------------------------------
+    # ---- what we do ----------------------------------------------------------------------------------------
 
     async def gather(self, *branches: Branch) -> list[Any]:
         """Run branches so that their rounds overlap; results in order. Branch i gets the path ``#i``."""

@@ -80,7 +80,7 @@ def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
         [
             ("drawn privately", image),
             ("plain float32", plain),
-            ("a share: what one party holds", one_share(image)),
+            ("what one party holds", one_share(image)),
         ],
     )
     pages.save_bars(demo.out / "bytes.png", pages.layer_bytes(report, plan))

@@ -9,5 +9,5 @@ from sfumato.graph.handlers.shapes import HANDLERS_SHAPES
 
 __all__ = ["HANDLERS", "Context", "Handler", "Options", "Stats"]
 
-#: By ATen target. The non-linear table comes last: where both know one (div, pow), it hands on what is linear.
+#: By ATen target. The non-linear table comes last: where both know one (div, pow), it hands on linear forms.
 HANDLERS: dict[str, Handler] = {**HANDLERS_LINEAR, **HANDLERS_SHAPES, **HANDLERS_NONLINEAR}

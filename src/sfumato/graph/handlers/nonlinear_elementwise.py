@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import CaptureError

@@ -59,17 +59,23 @@ def _rms_eps(args: Args, kwargs: Kwargs) -> float:
     return _FLOAT_EPS if eps is None else float(eps)
 
 
+def _gain(args: Args, kwargs: Kwargs) -> dict[str, float]:
+    weight = argument(args, kwargs, 2, "weight")
+    return {"hi_gain": float(weight.abs().max())} if isinstance(weight, Tensor) and weight.numel() else {}
+
+
 def _measure_group(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
     x, groups = args[0], int(args[1])
-    return _norm_stats(x.reshape(x.shape[0], groups, -1), _group_eps(args, kwargs), True)
+    rows = x.reshape(x.shape[0], groups, -1)
+    return {**_norm_stats(rows, _group_eps(args, kwargs), True), **_gain(args, kwargs)}
 
 
 def _measure_layer(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
-    return _norm_stats(_last_axes(args), _group_eps(args, kwargs), True)
+    return {**_norm_stats(_last_axes(args), _group_eps(args, kwargs), True), **_gain(args, kwargs)}
 
 
 def _measure_rms(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
-    return _norm_stats(_last_axes(args), _rms_eps(args, kwargs), False)
+    return {**_norm_stats(_last_axes(args), _rms_eps(args, kwargs), False), **_gain(args, kwargs)}
 
 
 def _last_axes(args: Args) -> Tensor:
@@ -96,6 +102,7 @@ def _choose_norm(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
             high,
             eps,
             reach=2 * options.margin * stats["hi_reach"],
+            gain=stats.get("hi_gain", 1.0),
             frac=options.frac,
         )
         method = "buckets" if plan.inverse.buckets else "newton"
