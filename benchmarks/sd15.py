@@ -33,23 +33,18 @@ from sfumato.runtime.backend import Backend, open_backend
 
 RECORD, PAGE = common.RESULTS / "sd15.json", common.RESULTS / "sd15.md"
 TIMESTEP = 500.0
-#: Factors of the rescaled variant: of conv_in and the resnets' second convolutions, and of every to_q and to_k.
+#: Factors of the rescaled variant: of conv_in and the resnets' second convolutions; of attention logits.
 RESIDUAL_FACTOR, LOGIT_FACTOR = 60.0, 8.0
 SIZES: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768},
-    "small": {
-        "block_out_channels": (32, 64, 64, 64), "attention_head_dim": 4, "cross_attention_dim": 64,
-        "norm_num_groups": 8,
-    },
-}  # fmt: skip
+    "sd15": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8},
+    "small": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 4, "norm_num_groups": 8},
+}
 
 
 def build(size: str, rescaled: bool, seed: int = 0) -> UNet2DConditionModel:
     """Stable Diffusion 1.5's configuration with random weights, rounded to half precision, in float32."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, **SIZES[size]
-    )
+    unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=768, **SIZES[size])
     unet.eval().requires_grad_(False)
     if rescaled:
         for name, module in unet.named_modules():
@@ -126,9 +121,8 @@ def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, 
     with torch.inference_mode(), Maxima(unet) as maxima:
         exact = denoiser(*args, **kwargs)
     parameters = sum(p.numel() for p in unet.parameters())
-    say(
-        f"{parameters / 1e6:.0f} M parameters; residual up to {maxima.residual:.1f}, logits up to {maxima.logit:.1f}"
-    )
+    tops = f"residual up to {maxima.residual:.1f}, logits up to {maxima.logit:.1f}"
+    say(f"{parameters / 1e6:.0f} M parameters; {tops}")
     started = time.perf_counter()
     plan = _plan(unet, denoiser, profile)
     plan_s = time.perf_counter() - started
@@ -153,7 +147,7 @@ def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, 
 
 
 def _plan(unet: nn.Module, denoiser: nn.Module, profile: str) -> Plan:
-    """Captured in half precision, so that the parties map 2 bytes a weight; calibrated on two other inputs."""
+    """In half precision, so that the parties map 2 bytes a weight; calibrated on two other inputs."""
     unet.half()
     gc.collect()
     (sample,), kwargs = arguments(unet, seed=1)
@@ -242,8 +236,8 @@ same module in float32. Private memory: what a process holds beside mapped files
 def page(record: Mapping[str, Any]) -> str:
     """The markdown page of a record."""
     header = [
-        "variant", "max residual", "max logit", "wall s (others)", "CPU s a party", "sent, all parties", "rounds",
-        "peak memory a party", "private", "max / rel error",
+        "variant", "max residual", "max logit", "wall s (others)", "CPU s a party", "sent, all parties",
+        "rounds", "peak memory a party", "private", "max / rel error",
     ]  # fmt: skip
     rows = [_row(v) for v in record["variants"] if v["size"] == "sd15"]
     exact = all(v["estimate_exact"] for v in record["variants"])
@@ -258,7 +252,8 @@ def _row(v: Mapping[str, Any]) -> list[str]:
     return [
         v["variant"], common.number(v["residual_max"]), common.number(v["logit_max"]),
         f"{v['wall_s']:.0f} ({v['foreign_cpu']:.0%})", ", ".join(f"{c:.0f}" for c in v["cpu_s_per_party"]),
-        common.size(sum(v["bytes_per_party"])), f"{v['rounds']:,}", common.size(max(v["peak_memory_per_party"])),
+        common.size(sum(v["bytes_per_party"])), f"{v['rounds']:,}",
+        common.size(max(v["peak_memory_per_party"])),
         common.size(max(v["peak_private_memory"], default=0)),
         f"{common.number(v['max_abs_err'], 2)} / {common.number(v['rel_l2_err'], 2)}",
     ]  # fmt: skip

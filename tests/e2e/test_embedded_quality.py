@@ -15,6 +15,8 @@ from sfumato.zoo.train.evaluate import generate
 JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
 SEEDS = range(4)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:

@@ -48,7 +48,7 @@ def test_version() -> None:
         (["generate", "a boat", "--model", "./no/such/folder"], "no pipeline folder"),
         (["generate", "a boat", "--backend", "fast"], "no backend 'fast'"),
         (["generate", "a boat", "--profile", "quick"], "no profile 'quick'"),
-        (["generate", "a boat", "--secret", "all"], "secret must be one of"),
+        (["generate", "a boat", "--secret", "all"], "no secret 'all'"),
         (["generate", "a boat", "--out", "no/such/folder/image.png"], "no folder"),
         (["estimate", "./no/such/folder"], "no pipeline folder"),
         (["party", "--folder", "./no/such/folder"], "cluster file"),

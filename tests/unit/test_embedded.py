@@ -115,9 +115,14 @@ def test_diversity_of_equal_and_collapsed_sets() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "not an idx file"), (b"\0\0\x0d\1\0\0\0\1x", "unsigned bytes"), (b"\0\0\x08\1\0\0\0\5abc", "5 bytes"),
-     (b"\0\0\x08\3\0\0", "cut off"), (b"\x1f\x8bxx", "gzip")],
-)  # fmt: skip
+    [
+        (b"", "not an idx file"),
+        (b"\0\0\x0d\1\0\0\0\1x", "unsigned bytes"),
+        (b"\0\0\x08\1\0\0\0\5abc", "5 bytes"),
+        (b"\0\0\x08\3\0\0", "cut off"),
+        (b"\x1f\x8bxx", "gzip"),
+    ],
+)
 def test_idx_errors(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "labels-idx1-ubyte"
     path.write_bytes(content)

@@ -25,14 +25,14 @@ from sfumato.graph.calibrate import Calibration
 
 __all__ = ["PROMPTS", "cache_file", "load_cached", "save_cached", "trajectories"]
 
-#: Short and various, so that every vocabulary holds some of it.
+#: Various, and short enough for small text encoders.
 PROMPTS = (
     "a handwritten seven",
-    "a photo of an astronaut riding a horse",
+    "a photo of a horse",
     "a small dress",
-    "an oil painting of a harbour at sunset, smoke over the water",
+    "a harbour at sunset",
     "the number 0",
-    "a close-up portrait of an old fisherman, dramatic light",
+    "an old fisherman",
     "a sneaker",
     "",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from sfumato.diffusion.denoiser import check_unet
 from sfumato.errors import JobError
@@ -48,7 +50,8 @@ def load_pipeline(path_or_id: str | Path, **options: Any) -> Any:
         options.setdefault("variant", _variant(folder))
         options.setdefault("local_files_only", True)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(source, **options)
+        with _silent() if str(path_or_id) == "embedded" else contextlib.nullcontext():
+            pipe = _pipeline_class().from_pretrained(source, **options)
     except JobError:
         raise
     except Exception as error:
@@ -92,6 +95,32 @@ def weights_digest(*modules: nn.Module) -> str:
             state.update(name.encode())
             state.update(tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().tobytes())
     return state.hexdigest()
+
+
+def _pipeline_class() -> Any:
+    """StableDiffusionPipeline, imported without remarks on image processors that nobody uses."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        from diffusers import StableDiffusionPipeline
+    finally:
+        transformers_logging.set_verbosity(level)
+    return StableDiffusionPipeline
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the libraries' progress bars, for a model that loads in a moment."""
+    kept = [
+        library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
+    ]
+    for library in kept:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in kept:
+            library.enable_progress_bar()
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

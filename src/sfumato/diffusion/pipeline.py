@@ -60,12 +60,7 @@ class SecurePipeline:
         calibration: Any = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if secret not in SECRETS:
-            raise JobError(f"secret must be one of {', '.join(map(repr, SECRETS))}, not {secret!r}")
-        if profile not in PROFILES:
-            raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
-        if backend not in _BACKENDS:
-            raise JobError(f"there is no backend {backend!r}; use one of {', '.join(_BACKENDS)}")
+        _check_options(secret, profile, backend)
         self._pipe = check_pipeline(pipe)
         self.secret, self.profile, self.backend = secret, profile, backend
         self.cluster, self.keys = cluster, keys
@@ -106,6 +101,7 @@ class SecurePipeline:
         Raises:
             JobError: one sentence on what cannot be loaded or is not served.
         """
+        _check_options(secret, profile, backend)
         return cls(
             load_pipeline(path_or_id, **loading),
             secret=secret,
@@ -173,10 +169,11 @@ class SecurePipeline:
             }
         )
         prepared = prepare(self._pipe, request)
-        plan = self.plan_for(prepared)
+        # Local parties need seconds to start: they do it while the plan is made.
         with open_backend(
             self.backend, cluster=self.cluster, keys=self.keys, options={**self.options}
         ) as backend:
+            plan = self.plan_for(prepared)
             final, report = self._run(backend, plan, prepared)
         images, flagged = self._decoded(final, request)
         return (
@@ -279,6 +276,7 @@ class SecurePipeline:
 
         with bar:
             final = denoising.run(prepared.latents, observe)
+        backend.check_ranges("unet")
         return final, backend.report(steps=denoising.seconds)
 
     def _callback(
@@ -311,3 +309,13 @@ class SecurePipeline:
         return pipe.image_processor.postprocess(
             image, output_type=request.output_type, do_denormalize=keep
         ), flagged
+
+
+def _check_options(secret: str, profile: str, backend: str) -> None:
+    for name, value, known in (
+        ("secret", secret, SECRETS),
+        ("profile", profile, PROFILES),
+        ("backend", backend, _BACKENDS),
+    ):
+        if value not in known:
+            raise JobError(f"there is no {name} {value!r}; use one of {', '.join(known)}")

@@ -17,21 +17,16 @@ Types = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 #: First argument passed through unchanged (float types are all float32 here, and memory layout is nobody's
 #: business).
-_IDENTITIES = frozenset(
-    f"aten.{name}"
-    for name in """
-    alias.default contiguous.default clone.default detach.default detach_.default dropout.default
-    dropout_.default feature_dropout.default alpha_dropout.default lift_fresh.default
-    lift_fresh_copy.default lift.default positive.default resolve_conj.default resolve_neg.default
-""".split()
-)
-_CASTS = frozenset(
-    f"aten.{name}"
-    for name in """
-    to.dtype to.dtype_layout to.device to.other _to_copy.default type_as.default float.default
-    double.default
-""".split()
-)
+_IDENTITIES = frozenset((
+    "aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default",
+    "aten.detach_.default", "aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default",
+    "aten.alpha_dropout.default", "aten.lift_fresh.default", "aten.lift_fresh_copy.default",
+    "aten.lift.default", "aten.positive.default", "aten.resolve_conj.default", "aten.resolve_neg.default",
+))  # fmt: skip
+_CASTS = frozenset((
+    "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other", "aten._to_copy.default",
+    "aten.type_as.default", "aten.float.default", "aten.double.default",
+))  # fmt: skip
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._functional_sym")
 _RENAMED = {
     "aten.view.default": "aten.reshape.default",
@@ -137,11 +132,9 @@ def _filled(node: Node) -> Node:
 
 def _explicit_padding(node: Node, types: Types) -> list[Node]:
     """conv(..., padding="same" or "valid") with numbers; what is not symmetric is padded before."""
-    x, weight, bias, stride, padding, dilation, groups = (
-        *node.args,
-        *((1,) * len(types[node.args[1].name][0][2:]), 1)[len(node.args) - 5 :],
-    )
-    kernel = types[weight.name][0][2:]
+    kernel = types[node.args[1].name][0][2:]
+    given = [*node.args, *((1,) * len(kernel), 1)[len(node.args) - 5 :]]
+    x, weight, bias, stride, padding, dilation, groups = given
     spread = [0] * len(kernel)
     if padding == "same":
         steps = (

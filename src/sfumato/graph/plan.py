@@ -30,6 +30,14 @@ PROFILES = (
     "shaft",
 )  # fmt: skip
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
+_NOTHING_LEFT = (
+    "nothing is left to compute under the protocol: the client computes every value by itself; "
+    "relocate=False or secret='inputs+weights' changes that"
+)
+_FROM_EXAMPLES = (
+    f"ranges come from the capture's example arguments alone, with a margin of {_WIDE_MARGIN:g}; "
+    "give calibration=[(args, kwargs), ...] with real inputs"
+)
 #: Client values that are 0/1 words by construction.
 _WHOLE_TARGETS = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
 
@@ -155,7 +163,7 @@ class Plan:
         """Hex BLAKE2b over everything that decides what the parties do; what was measured on the way is left
         out."""
         data = self.to_json()
-        return digest_of({k: v for k, v in data.items() if k not in ("calibration", "notes")})
+        return digest_of({k: v for k, v in data.items() if k != "notes"})
 
     def table(self) -> str:
         """What runs where, which methods, and why nothing leaks by what was moved."""
@@ -218,8 +226,7 @@ def make_plan(
     _refuse(program.title, problems)
     notes += _headroom(placed, measured, options)
     if not any(w is Place.SECRET for w in placed.places.values()):
-        notes.append("nothing is left to compute under the protocol: the client computes every value by itself; "
-                     "relocate=False or secret='inputs+weights' changes that")  # fmt: skip
+        notes.append(_NOTHING_LEFT)
     return Plan(placed.program, placed.places, placed.per_call, choices, options, measured, tuple(notes))
 
 
@@ -237,20 +244,42 @@ def _options(secret: str, profile: str, frac: int, ring: str, guessed: bool) -> 
 
 
 def _problems(placed: Placed) -> list[str]:
-    """Every secret call that cannot run, one line each."""
+    """Every secret call that cannot run, one line each, and results that would give the weights away."""
     found = []
     for node in placed.program.nodes:
         if placed.places[node.name] is not Place.SECRET:
             continue
         handler = HANDLERS.get(node.target)
-        where = node.module_path or "the root"
+        where = f"{node.target} at {node.module_path or 'the root'} ({node.name})"
         if handler is None:
-            found.append(f"{node.target} at {where} ({node.name}): no protocol for it on a secret")
+            found.append(f"{where}: no protocol for it on a secret")
             continue
         reason = handler.supports(node, _flags(placed, node)) if handler.supports else None
         if reason:
-            found.append(f"{node.target} at {where} ({node.name}): {reason}")
+            found.append(f"{where}: {reason}{_remedy(placed, node)}")
+    for name in placed.program.output_names:
+        if placed.places[name] is Place.OWNER:
+            found.append(
+                f"the result {name} follows from secret weights alone; revealing it would give them away"
+            )
     return found
+
+
+def _remedy(placed: Placed, node: Node) -> str:
+    """Which arguments would have to be public, where the secret part of a call is the client's own."""
+    mine = [name for name in node.refs() if placed.places[name] is Place.CLIENT]
+    if not mine:
+        return ""
+    origins = set(mine)
+    for other in reversed(placed.program.nodes):
+        if other.name in origins:
+            origins.update(other.refs())
+    arguments = [
+        i.source
+        for i in placed.program.user_inputs
+        if i.name in origins and placed.places[i.name] is Place.CLIENT
+    ]
+    return f"; it would run with public={tuple(arguments)!r}"
 
 
 def _flags(placed: Placed, node: Node) -> tuple[bool, ...]:
@@ -284,8 +313,7 @@ def _calibration(
             raise JobError(
                 "this program carries no example arguments; give calibration=[(args, kwargs), ...]"
             )
-        notes.append(f"ranges come from the capture's example arguments alone, with a margin of {_WIDE_MARGIN:g}; "
-                     "give calibration=[(args, kwargs), ...] with real inputs")  # fmt: skip
+        notes.append(_FROM_EXAMPLES)
         return calibrate(placed, [_example(program)])
     samples = [program.bind(tuple(args), kwargs) for args, kwargs in given]
     if not samples:

@@ -242,19 +242,6 @@ def _masked(r: Rewriter, node: Node) -> list[Node] | None:
     return [mask, replace(node, args=args)]
 
 
-def _attention(r: Rewriter, node: Node) -> list[Node] | None:
-    """A boolean mask that the client knows reaches the protocol as 0/1 words of frac 0 (1: attend)."""
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if mask is None or not r.is_client(mask.name) or r.types[mask.name][1] is not torch.bool:
-        return None
-    if not any(r.is_hidden(a.name) for a in node.args[:3]):
-        return None
-    kept = _made(node, "mask", "sfumato.to_float", (mask,), r.shape(mask))
-    if len(node.args) > 3:
-        return [kept, replace(node, args=(*node.args[:3], Ref(kept.name), *node.args[4:]))]
-    return [kept, replace(node, kwargs={**node.kwargs, "attn_mask": Ref(kept.name)})]
-
-
 #: By target; a form returns None where the call can stay as it is.
 FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.embedding.default": _embedding,
@@ -262,7 +249,6 @@ FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.batch_norm.default": _batch_norm,
-    "aten.scaled_dot_product_attention.default": _attention,
     **{
         f"aten.{name}": _resampled
         for name in (

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.errors import TypeMismatch
 from sfumato.ops.tiles import (
     DEFAULT_TILES,
+    Step,
     Tiles,
     concatenate,
     elementwise,
@@ -27,7 +28,7 @@ from sfumato.ops.tiles import (
 from sfumato.protocol.base import Protocol
 from sfumato.ring import kernels
 from sfumato.ring.fixed import encode
-from sfumato.session.session import Session
+from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
 __all__ = ["GAIN_FRAC", "Conv", "add", "conv", "linear", "matmul", "mul", "neg", "scale", "square", "sub"]
@@ -260,7 +261,7 @@ async def _public_product(
         axis = len(shape) - (1 if left else 2)
         if len(x.shape) >= 2:
             rest[axis] = a.shape[-1 if left else -2]
-        return await run(child, a, c[0] if c else None, tuple(rest))  # type: ignore[misc, no-any-return]
+        return await run(child, a, c[0] if c else None, tuple(rest))  # type: ignore[misc]
 
     work = math.prod(shape) * x.shape[-2 if left and len(x.shape) > 1 else -1]
     axis = -1 if left else -2
@@ -384,5 +385,5 @@ async def conv(
     return z if public_bias is None else p.add_public(s, z, p.encode(z, public_bias))
 
 
-def _turned(step: Callable[..., object], turn: int, *args: object) -> Callable[[Session], object]:
+def _turned(step: Step, turn: int, *args: object) -> Branch:
     return lambda child: step(child.fork("turn", turn=turn), *args)

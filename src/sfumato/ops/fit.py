@@ -165,7 +165,8 @@ class _Problem:
             misses = np.abs(basis @ c - rest)
             series = Series(
                 self.lo, self.hi, self.centre, period_log2, float(c[0]), linear, square,
-                tuple(c[1 : harmonics + 1].tolist()), tuple(c[harmonics + 1 :].tolist()), float(misses[check].max()),
+                tuple(c[1 : harmonics + 1].tolist()), tuple(c[harmonics + 1 :].tolist()),
+                float(misses[check].max()),
             )  # fmt: skip
             weighted = misses * self.w
             error = float(weighted[check].max()) + series_noise(series) * float(self.w[check].max())

@@ -1,5 +1,4 @@
-"""Group, layer and RMS normalisation: one inner product per group, one calibrated rsqrt, the affine part
-folded in.
+"""Group, layer and RMS normalisation: one inner product and one calibrated rsqrt per group.
 
 The mean square is read as a change of view: dividing by the power of two 2^a >= n is free, and the public
 rest, n / 2^a, joins epsilon and the scale. So no constant 1/n is ever rounded against a small scale.

@@ -71,7 +71,7 @@ async def in_thirds(s: Session, step: Step, pieces: Sequence[Sequence[Shared]]) 
     def branch(turn: int, piece: Sequence[Shared]) -> Callable[[Session], Coroutine[Any, Any, Shared]]:
         return lambda child: step(child.fork("turn", turn=s.turn + turn), *piece)
 
-    results: list[Shared] = await s.gather(*(branch(i, piece) for i, piece in enumerate(pieces)))  # type: ignore[arg-type]
+    results: list[Shared] = await s.gather(*(branch(i, piece) for i, piece in enumerate(pieces)))
     return results
 
 

@@ -2,7 +2,7 @@
 
 One-way form: the mask is t = x2 + r with r from the stream of roles 0 and 2, so x - t = x0 + x1 - r is known
 to role 0 without a message and one message tells role 1. Role 2 never sees it. Argument in
-docs/security/rep3.md, "evaluate". Source: digest mpc-friendly 6.8, design.md 5; own: exact short polynomial
+docs/security/rep3.md, "evaluate". Source: [SHAFT] for sine series by one opening; own: exact short polynomial
 coefficients, so that only sines are rounded.
 """
 

@@ -34,6 +34,7 @@ from sfumato.runtime.commands import (
     WeightSpec,
     WeightsSpec,
 )
+from sfumato.runtime.local import LocalCluster
 from sfumato.runtime.machine import PartyMachine
 from sfumato.runtime.report import CostReport, merged_rows
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
@@ -290,26 +291,26 @@ class Remote(Backend):
     def __init__(
         self, cluster: str | Path | None, keys: str | Path | None, options: Mapping[str, Any]
     ) -> None:
-        from sfumato.runtime.client import RemoteSession
-        from sfumato.runtime.cluster import Cluster
-        from sfumato.runtime.local import LocalCluster
-
         super().__init__(certify=bool(options.get("certificate", True)))
         self.protocol = str(options.get("protocol", "rep3"))
         self._local: LocalCluster | None = None
+        self._open: RemoteSession | None = None
         if cluster is None:
             self._local = LocalCluster(threads=options.get("threads"))
             self._weights_folder = self._local.folder
-            given = {**options, "weights_folder": str(self._local.folder)}
-            given.pop("threads", None)
-            try:
-                self._session = self._local.session(given)
-            except BaseException:
-                self._local.close()
-                raise
+            self._given = {**options, "weights_folder": str(self._local.folder)}
+            self._given.pop("threads", None)
         else:
             path = Path(cluster)
-            self._session = RemoteSession(Cluster.load(path), keys or path.parent, dict(options))
+            self._open = RemoteSession(Cluster.load(path), keys or path.parent, dict(options))
+
+    @property
+    def _session(self) -> RemoteSession:
+        """The session; with local parties it is opened at the first command, so that they start meanwhile."""
+        if self._open is None:
+            assert self._local is not None
+            self._open = self._local.session(self._given)
+        return self._open
 
     @property
     def _parties(self) -> int:
@@ -321,7 +322,8 @@ class Remote(Backend):
         return self._session.send(command, attachments)
 
     def close(self) -> None:
-        self._session.close()
+        if self._open is not None:
+            self._open.close()
         if self._local is not None:
             self._local.close()
 

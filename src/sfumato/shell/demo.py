@@ -63,9 +63,10 @@ def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
     plain = pipe.plain(**arguments, generator=seeded()).images[0]
     image, report = output.images[0], output.report
     similarity = pages.psnr(image, plain)
+    sampler = type(pipe.scheduler).__name__
     facts = {
         "prompt": demo.prompt,
-        "steps": f"{demo.steps} ({type(pipe.scheduler).__name__}, guidance {demo.guidance:g}, seed {demo.seed})",
+        "steps": f"{demo.steps} ({sampler}, guidance {demo.guidance:g}, seed {demo.seed})",
         "parties": where,
         "PSNR against plain float32": f"{similarity:.1f} dB",
         "sent by P0, P1, P2": ", ".join(map(pages.readable, report.bytes_sent)),

@@ -247,22 +247,24 @@ def _finite_fill(node: Node, secret: tuple[bool, ...]) -> str | None:
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-_MOVES = """
-    reshape.default permute.default transpose.int t.default unsqueeze.default squeeze.default
-    squeeze.dim squeeze.dims expand.default expand_as.default slice.Tensor select.int cat.default
-    stack.default flatten.using_ints unflatten.int repeat.default roll.default flip.default movedim.int
-    movedim.intlist narrow.default pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default
-    swapaxes.default swapdims.default moveaxis.int numpy_T.default mT.default concat.default
-    concatenate.default hstack.default vstack.default atleast_1d.default view_as.default
-    reshape_as.default tile.default broadcast_to.default repeat_interleave.self_int unfold.default
-    select_scatter.default slice_scatter.default diagonal.default tril.default triu.default
-    rot90.default adjoint.default matrix_H.default
-""".split()
-_GATHERED = """
-    upsample_nearest2d.vec upsample_nearest2d.default upsample_nearest1d.vec upsample_nearest1d.default
-    upsample_nearest3d.vec _upsample_nearest_exact2d.vec reflection_pad1d.default
-    reflection_pad2d.default replication_pad1d.default replication_pad2d.default im2col.default
-""".split()
+_MOVES = (
+    "reshape.default", "permute.default", "transpose.int", "t.default", "unsqueeze.default",
+    "squeeze.default", "squeeze.dim", "squeeze.dims", "expand.default", "expand_as.default", "slice.Tensor",
+    "select.int", "cat.default", "stack.default", "flatten.using_ints", "unflatten.int", "repeat.default",
+    "roll.default", "flip.default", "movedim.int", "movedim.intlist", "narrow.default",
+    "pixel_shuffle.default", "pixel_unshuffle.default", "channel_shuffle.default", "swapaxes.default",
+    "swapdims.default", "moveaxis.int", "numpy_T.default", "mT.default", "concat.default",
+    "concatenate.default", "hstack.default", "vstack.default", "atleast_1d.default", "view_as.default",
+    "reshape_as.default", "tile.default", "broadcast_to.default", "repeat_interleave.self_int",
+    "unfold.default", "select_scatter.default", "slice_scatter.default", "diagonal.default", "tril.default",
+    "triu.default", "rot90.default", "adjoint.default", "matrix_H.default",
+)  # fmt: skip
+_GATHERED = (
+    "upsample_nearest2d.vec", "upsample_nearest2d.default", "upsample_nearest1d.vec",
+    "upsample_nearest1d.default", "upsample_nearest3d.vec", "_upsample_nearest_exact2d.vec",
+    "reflection_pad1d.default", "reflection_pad2d.default", "replication_pad1d.default",
+    "replication_pad2d.default", "im2col.default",
+)  # fmt: skip
 _PAD_BY_POSITION = _gathered("aten.pad.default")
 
 HANDLERS_SHAPES: dict[str, Handler] = {

@@ -1,0 +1,218 @@
+"""SecurePipeline on a tiny random pipeline in the hub's folder form: the whole path, under simulated parties."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from sfumato.diffusion.pipeline import SecurePipeline
+from sfumato.errors import JobError
+from sfumato.zoo.train.build import make_scheduler, make_text_encoder, save_pipeline
+from sfumato.zoo.train.prompts import make_tokenizer
+
+STEPS = 2
+#: The fixed point has 18 fraction bits; a random network of two steps keeps more than half of them.
+CLOSE = 2e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    made = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=8,
+        ),
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=64,
+            attention_head_dim=2,
+        ),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    where = tmp_path_factory.mktemp("tiny")
+    save_pipeline(made, where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> SecurePipeline:
+    return opened(folder)
+
+
+def opened(folder: Path, **options: Any) -> SecurePipeline:
+    made = SecurePipeline.from_pretrained(folder, **{"backend": "simulate", **options})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def arguments(**more: Any) -> dict[str, Any]:
+    return {
+        "prompt": "a handwritten seven",
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.0,
+        "output_type": "latent",
+        **more,
+    }
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_the_image_and_the_report(pipe: SecurePipeline) -> None:
+    given = arguments(output_type="np")
+    output = pipe(**given, generator=seeded())
+    expected = pipe.plain(**given, generator=seeded()).images
+    error = float(((output.images - expected) ** 2).mean())
+    assert output.images.shape == expected.shape == (1, 8, 8, 3)
+    assert -10 * math.log10(max(error, 1e-12)) > 50
+    report = output.report
+    assert len(report.steps) == STEPS
+    assert len(report.bytes_sent) == 3
+    assert min(report.bytes_sent) > 0
+    assert max(report.bytes_sent) < 1.5 * min(report.bytes_sent), "parties send alike"
+    assert json.loads(report.to_json())["rounds"] == report.rounds
+    assert "rounds" in report.table()
+    assert pipe.estimate(**given).same_cost(report)
+
+
+def test_pil_images_and_tuples(pipe: SecurePipeline) -> None:
+    given = arguments(output_type="pil", guidance_scale=1.0)
+    images, flagged = pipe(**given, generator=seeded(), return_dict=False)
+    assert images[0].size == (8, 8)
+    assert flagged is None
+
+
+def test_a_batch_gives_the_single_images(pipe: SecurePipeline) -> None:
+    prompts = ["a handwritten seven", "a sneaker"]
+    negative = ["", "a bag"]
+    both = pipe(
+        **arguments(prompt=prompts, negative_prompt=negative), generator=[seeded(1), seeded(2)]
+    ).images
+    for row, seed in enumerate((1, 2)):
+        given = arguments(prompt=prompts[row], negative_prompt=negative[row])
+        alone = pipe(**given, generator=seeded(seed)).images
+        assert off(both[row : row + 1], alone) < CLOSE
+        assert off(alone, pipe.plain(**given, generator=seeded(seed)).images) < CLOSE
+    assert off(both[:1], both[1:]) > 0.05
+
+
+def test_latents_and_callback(pipe: SecurePipeline) -> None:
+    latents = torch.randn(1, 4, 4, 4, generator=seeded(3))
+    seen: list[tuple[int, int, Tensor]] = []
+
+    def look(_: Any, step: int, timestep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, int(timestep), kwargs["latents"]))
+        return kwargs
+
+    blind: list[dict[str, Any]] = []
+    given = arguments(latents=latents)
+    quiet = pipe(**given, callback_on_step_end=lambda *a: blind.append(a[3]))
+    assert blind == [{}] * STEPS
+    output = pipe(**given, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["latents"])
+    expected = pipe.plain(**given).images
+    assert off(quiet.images, expected) < CLOSE
+    assert off(output.images, expected) < CLOSE
+    assert [step for step, _, _ in seen] == list(range(STEPS))
+    assert off(seen[-1][2], output.images) < CLOSE
+    assert output.report.client_bytes > quiet.report.client_bytes, "what the callback opened is counted"
+
+
+def test_another_scheduler_and_noise(folder: Path) -> None:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    pipe = opened(folder)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    given = arguments(num_inference_steps=3)
+    output = pipe(**given, generator=seeded())
+    assert off(output.images, pipe.plain(**given, generator=seeded()).images) < 5 * CLOSE
+    assert pipe.estimate(**given).same_cost(output.report)
+
+
+def test_half_precision_folders_are_widened(folder: Path, tmp_path: Path) -> None:
+    half = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    for part in (half.unet, half.text_encoder, half.vae):
+        part.half()
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    assert list((tmp_path / "half" / "unet").glob("*.fp16.safetensors"))
+    pipe = opened(tmp_path / "half", backend="plain")
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
+    given = arguments(num_inference_steps=1)
+    found = pipe(**given, generator=seeded()).images
+    assert off(found, pipe.plain(**given, generator=seeded()).images) < CLOSE
+
+
+def test_calibration_is_kept(pipe: SecurePipeline, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = pipe.plan(**arguments())
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("sfumato.diffusion.pipeline.trajectories", never)
+    assert opened(folder).plan(**arguments()).digest() == plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"guidance_rescale": 0.5}, "guidance_rescale"),
+        ({"prompt": None}, "prompt"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"image": object()}, "'image'"),
+    ],
+)
+def test_refusals_come_before_work(
+    pipe: SecurePipeline, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], words: str
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("sfumato.diffusion.pipeline.open_backend", never)
+    monkeypatch.setattr("sfumato.diffusion.pipeline.capture", never)
+    with pytest.raises(JobError, match=words) as caught:
+        pipe(**arguments(**given))
+    assert "\n" not in str(caught.value)
+
+
+def test_clipping_schedulers_are_refused_with_advice(folder: Path) -> None:
+    pipe = opened(folder)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True)
+    with pytest.raises(JobError, match="clip_sample=False"):
+        pipe(**arguments())
