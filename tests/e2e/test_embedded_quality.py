@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.judge import Judge, load_judge
+from sfumato.zoo.train.data import load_split
 from sfumato.zoo.train.evaluate import generate
 
 JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
@@ -44,3 +45,12 @@ def test_classes_are_recognised(judge: Judge, images: torch.Tensor) -> None:
 def test_seeds_give_different_images(images: torch.Tensor) -> None:
     distance = torch.stack([torch.pdist(group.flatten(1)).min() for group in images])
     assert (distance > 0.5).all()
+
+
+def test_judge_on_real_images(judge: Judge, data_dir: Path) -> None:
+    test = load_split(data_dir / "images", train=False)
+    right = (judge.classify(test.images) == test.labels).float()
+    digits = test.labels < 10
+    print(f"judge: {right[digits].mean():.4f} of real digits, {right[~digits].mean():.4f} of real clothes")
+    assert right[digits].mean() >= 0.99
+    assert right[~digits].mean() >= 0.91

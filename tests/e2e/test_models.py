@@ -86,8 +86,9 @@ def unet2d() -> Case:
 
 def autoencoder() -> nn.Module:
     return diffusers.AutoencoderKL(
-        in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(8, 16),
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4, sample_size=16,
+        in_channels=1, out_channels=1, block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4, sample_size=16,
     )  # fmt: skip
 
 
@@ -165,8 +166,8 @@ def vit() -> Case:
 
 def dit() -> Case:
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
     )  # fmt: skip
     return (
         model,
@@ -227,7 +228,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "resnet": resnet,
     "vgg": vgg,
 }
-SECRET_WEIGHTS = ("unet2d", "clip", "bert", "resnet")
+SECRET_WEIGHTS = ("unet2d", "clip", "bert", "t5", "resnet")
 PUBLIC = {"bert": ("attention_mask",)}
 
 
@@ -283,5 +284,5 @@ def test_keys_and_values_of_a_known_prompt_move_to_the_client() -> None:
 
 def test_a_secret_mask_names_its_remedy() -> None:
     module, args, kwargs = bert()
-    with pytest.raises(CaptureError, match="secret mask.*public=.'attention_mask'"):
+    with pytest.raises(CaptureError, match=r"secret mask.*public=.'attention_mask'"):
         make_plan(capture(module, args, kwargs), relocate=False)

@@ -1,4 +1,4 @@
-"""SecurePipeline on a tiny random pipeline in the hub's folder form: the whole path, under simulated parties."""
+"""SecurePipeline on a tiny random pipeline in the hub's folder form, under simulated parties."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.errors import JobError
 from sfumato.zoo.train.build import make_scheduler, make_text_encoder, save_pipeline
 from sfumato.zoo.train.prompts import make_tokenizer
+
+# numpy's, about conversions inside diffusers' own set_timesteps.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 STEPS = 2
 #: The fixed point has 18 fraction bits; a random network of two steps keeps more than half of them.
@@ -209,6 +212,32 @@ def test_refusals_come_before_work(
     with pytest.raises(JobError, match=words) as caught:
         pipe(**arguments(**given))
     assert "\n" not in str(caught.value)
+
+
+def test_interrupt_ends_early(pipe: SecurePipeline) -> None:
+    steps: list[int] = []
+
+    def stop(running: Any, step: int, timestep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        running.interrupt = True
+        return kwargs
+
+    output = pipe(**arguments(), generator=seeded(), callback_on_step_end=stop)
+    assert steps == [0]
+    assert len(output.report.steps) == 1
+    assert bool(output.images.isfinite().all())
+
+
+def test_secret_weights(folder: Path) -> None:
+    with pytest.raises(JobError, match="public_components"):
+        opened(folder, secret="inputs+weights")
+    with pytest.raises(JobError, match="no component 'unet'"):
+        opened(folder, secret="inputs+weights", public_components=("unet",))
+    pipe = opened(folder, secret="inputs+weights", public_components=("text_encoder", "vae"))
+    given = arguments(num_inference_steps=1)
+    output = pipe(**given, generator=seeded())
+    assert off(output.images, pipe.plain(**given, generator=seeded()).images) < CLOSE
+    assert pipe.estimate(**given).same_cost(output.report)
 
 
 def test_clipping_schedulers_are_refused_with_advice(folder: Path) -> None:

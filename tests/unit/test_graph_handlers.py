@@ -1,4 +1,4 @@
-"""Every linear and shape call on secrets against float32, with public and with secret weights, exact in cost on meta."""
+"""Linear and shape calls on secrets against float32, with public and secret weights; cost exact on meta."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[Tensor, Call], Any]] = {
     "matmul": lambda x, m: x.flatten(2).transpose(1, 2) @ m.w @ x.flatten(2),
     "addmm": lambda x, m: torch.addmm(m.vector, x[0, :, :, 0].t(), m.w, alpha=0.5, beta=2.0),
     "baddbmm": lambda x, m: torch.baddbmm(x[:, 0, :4, :4], x[:, 1, :4, :4], x[:, 2, :4, :4], alpha=0.1),
-    "vector": lambda x, m: m.w @ x[0, :, 0, 0] + x[0, :, :, 0].t() @ m.vector,
+    "vector": lambda x, m: (m.w @ x[0, :, 0, 0], x[0, :, :, 0].t() @ m.vector),
     "conv": lambda x, m: F.conv2d(x, m.kernel, m.vector, stride=2, padding=1),
     "conv-groups": lambda x, m: F.conv2d(x, m.kernel[:, :1], None, padding=2, dilation=2, groups=4),
     "conv1d": lambda x, m: F.conv1d(x[:, :, 0], m.kernel[:, :, 0], m.vector, padding="same"),
@@ -93,7 +93,7 @@ def simulated(
 
         secrets = {name: await share(name, value) for name, value in call.secrets.items()}
         weights: dict[str, Any] = {name: await share(name, value) for name, value in load.secrets.items()}
-        weights |= {name: value.to(device) for name, value in load.publics.items()}
+        weights |= load.publics  # on meta, too: their size decides their fraction bits
         outs = await execute(moves, session.fork("run"), plan, secrets, call.publics, weights)
         opened = [await moves.reveal(session.fork(f"open{i}"), out, (0,)) for i, out in enumerate(outs)]
         if device == "meta":

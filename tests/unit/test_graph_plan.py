@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from sfumato.errors import CaptureError, JobError
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.capture import capture
+from sfumato.graph.evaluate import evaluate, resolve
 from sfumato.graph.execute import waves
+from sfumato.graph.fuse import fuse
 from sfumato.graph.handlers import HANDLERS
 from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan, client_side, load_side, make_plan
@@ -234,7 +236,40 @@ def test_parallel_branches_share_a_wave() -> None:
 
 
 def test_targets_of_the_table_exist() -> None:
-    from sfumato.graph.evaluate import resolve
-
     for target in HANDLERS:
         resolve(target)
+
+
+class Eager(nn.Module):
+    """Attention, RMS norm and activations as older models spell them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(4))
+        self.bias = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(x @ x.transpose(-1, -2) / 2.0 + self.bias, dim=-1)
+        y = weights @ x
+        y = self.gain * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+        y = 0.5 * y * (1.0 + torch.tanh(0.7978845608 * (y + 0.044715 * torch.pow(y, 3.0))))
+        y = y * torch.sigmoid(1.702 * y)
+        return y * 0.5 * (1.0 + torch.erf(y / 2.0**0.5))
+
+
+def test_what_models_spell_out_becomes_single_calls() -> None:
+    program = capture(Eager(), (torch.randn(2, 3, 4),))
+    fused = fuse(program)
+    assert [node.target.split(".")[1] for node in fused.nodes] == [
+        "scaled_dot_product_attention", "rms_norm", "gelu", "quick_gelu", "gelu",
+    ]  # fmt: skip
+    values = {**program.weights, "x": torch.randn(2, 3, 4)}
+    (name,) = program.output_names
+    got, want = (evaluate(p.nodes, values, [name])[name] for p in (fused, program))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_secret_position_bias_keeps_its_softmax() -> None:
+    plan = make_plan(capture(Eager(), (torch.randn(2, 3, 4),)), secret="inputs+weights")
+    assert secret_targets(plan)["softmax"] == 1
+    assert secret_targets(plan)["matmul"] == 2

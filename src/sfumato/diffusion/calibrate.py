@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.request import Prepared
 from sfumato.diffusion.schedule import Schedule
@@ -38,21 +37,24 @@ PROMPTS = (
 )
 _BUDGET_S = 45.0
 _SAMPLES = 96
+_RUNS = 32
 _FORMAT = 1
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
 
 def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> list[Sample]:
-    """Arguments of the denoiser along plain trajectories: all timesteps of the schedule, up to eight prompts.
+    """Arguments of the denoiser along plain trajectories: all timesteps, eight prompts, several noises.
 
-    Slow models get fewer prompts, then fewer recorded timesteps. The caller's own prompt is not used.
+    Slow models get fewer prompts, then fewer recorded timesteps. The caller's own prompt is not used: ranges
+    are public.
     """
     schedule, batch = prepared.schedule, prepared.batch
     steps = len(schedule.steps)
     one_s = _seconds(denoiser, _sample(pipe, prepared, 0))
     # Each prompt costs its trajectory, then about twice that again to measure what was recorded.
-    runs = max(1, min(-(-len(PROMPTS) // batch), int(_BUDGET_S / max(3 * steps * one_s, 1e-9))))
+    wanted = max(-(-len(PROMPTS) // batch), min(_RUNS, _SAMPLES // steps))
+    runs = max(1, min(wanted, int(_BUDGET_S / max(3 * steps * one_s, 1e-9))))
     kept = max(2, min(steps, _SAMPLES // runs, int(_BUDGET_S / max(2 * runs * one_s, 1e-9))))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
     samples: list[Sample] = []
@@ -117,13 +119,13 @@ def _trajectory(denoiser: Denoiser, prepared: Prepared, start: Sample) -> Iterat
 # ---- on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_file(pipe: Any, prepared: Prepared, profile: str, secret: str) -> Path:
-    """Where this model's ranges for these settings are kept."""
+def cache_file(weights: str, prepared: Prepared, profile: str, secret: str) -> Path:
+    """Where the ranges of a model (by the digest of its weights) for these settings are kept."""
     schedule = prepared.schedule
     settings = {
         "format": _FORMAT,
         "release": _release(),
-        "weights": weights_digest(pipe.unet, pipe.text_encoder),
+        "weights": weights,
         "shape": list(prepared.latents.shape),
         "guidance": prepared.request.guidance_scale
         if prepared.guided or prepared.condition is not None

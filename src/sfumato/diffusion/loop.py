@@ -58,8 +58,13 @@ class Denoising:
     _put: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     _count: int = 0
 
-    def run(self, latents: Tensor, observe: Observe | None = None) -> Tensor:
-        """The last latents, in float64, at the client alone. ``latents`` include the first sigma."""
+    def run(
+        self, latents: Tensor, observe: Observe | None = None, stop: Callable[[], bool] | None = None
+    ) -> Tensor:
+        """The last latents, in float64, at the client alone. ``latents`` include the first sigma.
+
+        ``stop()`` is asked after each step and ends the run early.
+        """
         schedule = self.schedule.in_input_scale()
         shape, batch = tuple(latents.shape), latents.shape[0]
         samples = {0: self._share("sample0", latents.to(torch.float64) * self._scale(0))}
@@ -82,6 +87,8 @@ class Denoising:
             self.seconds.append(time.monotonic() - started)
             if observe is not None:
                 self._observed(observe, k, samples)
+            if stop is not None and stop():
+                return self._open(samples[k + 1], k + 1)
         return self._open(samples[len(schedule.steps)], len(schedule.steps))
 
     def _scale(self, k: int) -> float:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sfumato.diffusion.calibrate import cache_file, load_cached, save_cached, trajectories
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import check_pipeline, load_pipeline
+from sfumato.diffusion.loading import check_pipeline, load_pipeline, weights_digest
 from sfumato.diffusion.loop import Denoising, call_kwargs
 from sfumato.diffusion.request import Prepared, Request, prepare
 from sfumato.errors import JobError
@@ -28,6 +28,7 @@ from sfumato.runtime.report import CostReport
 __all__ = ["SecureOutput", "SecurePipeline"]
 
 _BACKENDS = ("local", "simulate", "plain")
+_AT_CLIENT = {"text_encoder", "vae"}
 
 
 @dataclass
@@ -59,14 +60,16 @@ class SecurePipeline:
         backend: str = "local",
         calibration: Any = None,
         options: dict[str, Any] | None = None,
+        public_components: Sequence[str] = (),
     ) -> None:
-        _check_options(secret, profile, backend)
+        _check_options(secret, profile, backend, public_components)
         self._pipe = check_pipeline(pipe)
         self.secret, self.profile, self.backend = secret, profile, backend
         self.cluster, self.keys = cluster, keys
         self.options = dict(options or {})
         self._calibration = calibration
         self._plans: dict[Any, Plan] = {}
+        self._digest: tuple[Any, str] = (None, "")
         self._progress: dict[str, Any] = {}
         #: Set by a callback to stop after the current step.
         self.interrupt = False
@@ -83,6 +86,7 @@ class SecurePipeline:
         backend: str = "local",
         calibration: Any = None,
         options: dict[str, Any] | None = None,
+        public_components: Sequence[str] = (),
         **loading: Any,
     ) -> Self:
         """The pipeline behind ``"embedded"`` (the shipped model), a folder in diffusers' layout, or a hub id.
@@ -97,11 +101,13 @@ class SecurePipeline:
             calibration: ranges to use; by default they are measured in the clear on built-in prompts, and
             cached.
             options: of the protocol, passed to the parties.
+            public_components: with secret weights, what may nevertheless run at the client in clear: today
+                ``("text_encoder", "vae")``, both of them.
 
         Raises:
             JobError: one sentence on what cannot be loaded or is not served.
         """
-        _check_options(secret, profile, backend)
+        _check_options(secret, profile, backend, public_components)
         return cls(
             load_pipeline(path_or_id, **loading),
             secret=secret,
@@ -111,6 +117,7 @@ class SecurePipeline:
             backend=backend,
             calibration=calibration,
             options=options,
+            public_components=public_components,
         )
 
     @classmethod
@@ -225,7 +232,7 @@ class SecurePipeline:
     def plan_for(self, prepared: Prepared) -> Plan:
         """The plan of a prepared request, from this object or made now (captured, calibrated, checked)."""
         condition = prepared.condition
-        cached = cache_file(self._pipe, prepared, self.profile, self.secret)
+        cached = cache_file(self._weights(), prepared, self.profile, self.secret)
         if cached.name in self._plans:
             return self._plans[cached.name]
         denoiser = Denoiser(self._pipe.unet, guided=prepared.guided).eval()
@@ -251,6 +258,14 @@ class SecurePipeline:
         self._plans[cached.name] = plan
         return plan
 
+    def _weights(self) -> str:
+        """Digest of the weights that ranges depend on, computed again when they change."""
+        modules = (self._pipe.unet, self._pipe.text_encoder)
+        state = tuple((id(p), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters())
+        if self._digest[0] != state:
+            self._digest = state, weights_digest(*modules)
+        return self._digest[1]
+
     def _run(
         self, backend: Backend, plan: Plan, prepared: Prepared, *, silent: bool = False
     ) -> tuple[Tensor, CostReport]:
@@ -275,7 +290,7 @@ class SecurePipeline:
             return self._callback(request, k, steps[k], latents, silent=silent)
 
         with bar:
-            final = denoising.run(prepared.latents, observe)
+            final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
         backend.check_ranges("unet")
         return final, backend.report(steps=denoising.seconds)
 
@@ -311,7 +326,7 @@ class SecurePipeline:
         ), flagged
 
 
-def _check_options(secret: str, profile: str, backend: str) -> None:
+def _check_options(secret: str, profile: str, backend: str, public_components: Sequence[str]) -> None:
     for name, value, known in (
         ("secret", secret, SECRETS),
         ("profile", profile, PROFILES),
@@ -319,3 +334,13 @@ def _check_options(secret: str, profile: str, backend: str) -> None:
     ):
         if value not in known:
             raise JobError(f"there is no {name} {value!r}; use one of {', '.join(known)}")
+    unknown = sorted(set(public_components) - _AT_CLIENT)
+    if unknown:
+        raise JobError(
+            f"there is no component {unknown[0]!r} to make public; use {', '.join(sorted(_AT_CLIENT))}"
+        )
+    if secret != "inputs" and set(public_components) != _AT_CLIENT:
+        raise JobError(
+            "with secret weights the text encoder and the image decoder still run at the client in clear; "
+            "allow it with public_components=('text_encoder', 'vae')"
+        )

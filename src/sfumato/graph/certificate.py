@@ -1,9 +1,8 @@
 """A cheap check, under the protocol, that a run stayed in the ranges its plan was calibrated for.
 
 A few random elements of every interactive call's result are compared with the calibrated bound, all at once
-at the end
-of the call; the client alone learns how many of each call's samples were outside. Sampling misses rare
-outliers: with n samples a call, a share q of violations goes unseen with probability (1 - q)^n.
+at the end of the call; the client alone learns how many of each call's samples were outside. Sampling misses
+rare outliers: with n samples a call, a share q of violations goes unseen with probability (1 - q)^n.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def watched(plan: Plan) -> list[str]:
 
 
 def _bound(plan: Plan, node: Node) -> float | None:
-    """The largest |result| that calibration allows for, margin included; None for local calls and unmeasured ones."""
+    """The largest |result| that calibration allows, margin included; None for local and unmeasured calls."""
     highest = plan.calibration.of(node).get("hi_out", 0.0)
     return None if highest <= 0.0 or HANDLERS[node.target].local else highest * plan.options.margin
 
@@ -51,7 +50,7 @@ class Certificate:
         self._samples: dict[str, Shared] = {}
 
     def look(self, session: Session, node: Node, value: Any) -> None:
-        """Keep a few elements of a call's result. Local; the positions are public and differ from call to call."""
+        """Keep a few elements of a call's result. Local; the positions are public and differ by call."""
         if not isinstance(value, Shared) or _bound(self._plan, node) is None:
             return
         label = f"{session.path}/{node.name}|certificate"

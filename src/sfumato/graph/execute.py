@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["execute", "waves"]
+__all__ = ["execute", "turns", "waves"]
 
 #: How many calls ahead in program order a call may start; bounds the values that are alive at once.
 LOOKAHEAD = 24
@@ -52,6 +53,18 @@ def waves(plan: Plan, lookahead: int = LOOKAHEAD) -> list[list[int]]:
     return groups
 
 
+def turns(plan: Plan) -> list[int]:
+    """The role rotation of each secret call: calls of one kind take turns by size, so that all send alike."""
+    loads: dict[str, list[int]] = {}
+    chosen = []
+    for node in plan.secret_nodes:
+        load = loads.setdefault(node.target, [0, 0, 0])
+        turn = load.index(min(load))
+        load[turn] += math.prod(node.shape)
+        chosen.append(turn)
+    return chosen
+
+
 async def execute(
     protocol: Protocol,
     session: Session,
@@ -62,7 +75,7 @@ async def execute(
     *,
     certificate: Certificate | None = None,
 ) -> list[Shared]:
-    """The plan's secret results, in the order of ``plan.secret_outputs``; a ``certificate`` looks at every call's result.
+    """The plan's secret results, in the order of ``plan.secret_outputs``; ``certificate`` sees every result.
 
     ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``.
     ``weights``: ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.
@@ -81,11 +94,11 @@ async def execute(
         return values[name] if name in values else weights[name]
 
     context = Context(protocol, plan.options, plan.choices)
-    nodes, groups = plan.secret_nodes, waves(plan)
+    nodes, groups, turn = plan.secret_nodes, waves(plan), turns(plan)
     last = {name: g for g, group in enumerate(groups) for i in group for name in nodes[i].refs()}
     kept = set(plan.secret_outputs)
     for g, group in enumerate(groups):
-        branches = [partial(_run, context, nodes[i], i, value) for i in group]
+        branches = [partial(_run, context, nodes[i], turn[i], value) for i in group]
         if len(branches) == 1:
             outs = [await branches[0](session)]
         else:
@@ -100,10 +113,8 @@ async def execute(
     return [value(name) for name in plan.secret_outputs]
 
 
-async def _run(
-    context: Context, node: Node, index: int, value: Callable[[str], Any], session: Session
-) -> Any:
+async def _run(context: Context, node: Node, turn: int, value: Callable[[str], Any], session: Session) -> Any:
     args = map_refs(node.args, value)
     kwargs = {k: map_refs(v, value) for k, v in node.kwargs.items()}
-    child = session.fork(node.name, turn=index, row=True)
+    child = session.fork(node.name, turn=turn, row=True)
     return await HANDLERS[node.target].run(context, child, node, args, kwargs)

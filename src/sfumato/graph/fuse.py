@@ -55,7 +55,6 @@ def fuse(program: Program) -> Program:
             built = None if bound is None else pattern.build(program, node, bound)
             if built is not None and built[0] in HANDLERS:
                 node = replace(node, target=built[0], args=built[1], kwargs=built[2])
-                made[node.name] = node
                 break
         nodes.append(node)
     return without_dead_code(replace(program, nodes=tuple(nodes)))
@@ -132,8 +131,35 @@ def _rms_norm(
     return "aten.rms_norm.default", (bound["x"], width, weight, bound["eps"]), {}
 
 
+def _eager_attention(product: str) -> Iterator[Pattern]:
+    """softmax(q k^T [times or over a number] [plus a mask]) v, with ``product`` for the products."""
+    turned = _Call("transpose.int", (_Any("k"), _Any("a", "number"), _Any("b", "number")))
+    scores = _Call(product, (_Any("q"), turned))
+    for scaled in (
+        _mul(scores, _Any("scale", "number")),
+        _Call("div.Tensor", (scores, _Any("over", "number"))),
+        scores,
+    ):
+        for masked in (_add(scaled, _Any("mask")), scaled):
+            weights = _Call("softmax.int", (masked, -1))
+            yield Pattern(f"attention by {product}", _Call(product, (weights, _Any("v"))), _attention)
+
+
+def _attention(
+    program: Program, node: Node, bound: dict[str, Arg]
+) -> tuple[str, tuple[Arg, ...], dict[str, Arg]] | None:
+    rank = len(node.shape)
+    if {bound["a"] % rank, bound["b"] % rank} != {rank - 1, rank - 2}:
+        return None
+    scale = bound.get("scale", 1.0) / bound.get("over", 1.0)
+    args = (bound["q"], bound["k"], bound["v"], bound.get("mask"), 0.0, False)
+    return "aten.scaled_dot_product_attention.default", args, {"scale": float(scale)}
+
+
 #: Larger patterns first.
 PATTERNS: tuple[Pattern, ...] = (
+    *_eager_attention("matmul.default"),
+    *_eager_attention("bmm.default"),
     Pattern("gelu, tanh form", _mul(_mul(_X, 0.5), _TANH), _gelu("tanh")),
     Pattern("gelu, tanh form, half last", _mul(_mul(_X, _TANH), 0.5), _gelu("tanh")),
     Pattern("gelu", _mul(_mul(_X, 0.5), _ERF), _gelu("none")),

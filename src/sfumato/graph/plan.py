@@ -339,8 +339,8 @@ def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[s
         return []
     if top * options.margin >= limit:
         raise JobError(
-            f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} at frac={options.frac} "
-            f"holds products below {limit:.3g}; use a smaller frac or another ring"
+            f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} "
+            f"at frac={options.frac} holds products below {limit:.3g}; use a smaller frac or another ring"
         )
     return [
         f"largest secret value seen: {top:.3g} at {node.name}; products may reach {limit:.3g} "

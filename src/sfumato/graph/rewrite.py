@@ -242,6 +242,26 @@ def _masked(r: Rewriter, node: Node) -> list[Node] | None:
     return [mask, replace(node, args=args)]
 
 
+def _attention(r: Rewriter, node: Node) -> list[Node] | None:
+    """Attention with a secret additive mask (a learnt position bias) as its two products and the softmax."""
+    q, k, v, mask = (*node.args, None)[:4]
+    if mask is None or not r.is_hidden(mask.name) or not r.types[mask.name][1].is_floating_point:
+        return None
+    if node.kwargs.get("enable_gqa") or any(node.args[4:6]):
+        return None
+    scale = node.kwargs.get("scale")
+    shape_q, shape_k = r.shape(q), r.shape(k)
+    scores_shape = (*node.shape[:-1], shape_k[-2])
+    factor = shape_q[-1] ** -0.5 if scale is None else float(scale)
+    scaled = _made(node, "q", "aten.mul.Tensor", (q, factor), shape_q)
+    turned = _made(node, "k", "aten.transpose.int", (k, -1, -2), (*shape_k[:-2], shape_k[-1], shape_k[-2]))
+    scores = _made(node, "qk", "aten.matmul.default", (Ref(scaled.name), Ref(turned.name)), scores_shape)
+    biased = _made(node, "scores", "aten.add.Tensor", (Ref(scores.name), mask), scores_shape)
+    weights = _made(node, "weights", "aten.softmax.int", (Ref(biased.name), -1), scores_shape)
+    return [scaled, turned, scores, biased, weights,
+            _final(node, "aten.matmul.default", (Ref(weights.name), v))]  # fmt: skip
+
+
 #: By target; a form returns None where the call can stay as it is.
 FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.embedding.default": _embedding,
@@ -249,6 +269,7 @@ FORMS: dict[str, Callable[[Any, Node], list[Node] | None]] = {
     "aten.index_select.default": _index_select,
     "aten.gather.default": _gather,
     "aten.batch_norm.default": _batch_norm,
+    "aten.scaled_dot_product_attention.default": _attention,
     **{
         f"aten.{name}": _resampled
         for name in (

@@ -25,7 +25,7 @@ class Frame(NamedTuple):
 
     tag: bytes
     dtype: int
-    clock: int
+    clock: Any
     payload: Payload
 
     @property

@@ -26,7 +26,7 @@ def zero_share(s: Session, ring: Ring, shape: tuple[int, ...]) -> Tensor:
     after, before = (s.role + 1) % 3, (s.role + 2) % 3
     ahead = s.prg("zero", (min(s.role, after), max(s.role, after)), ring, shape)
     behind = s.prg("zero", (min(s.role, before), max(s.role, before)), ring, shape)
-    return ahead - behind if ring.kind == "Z" else ahead ^ behind
+    return s.local(shape, ring.dtype, lambda: ahead - behind if ring.kind == "Z" else ahead ^ behind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,14 @@ class Additive:
         if s.role == 2:
             return Additive(None, shape)
         first, second = x.parts
-        words = f(first + second) if s.role == 0 else f(second)
+        summed = s.local(x.shape, x.ring.dtype, lambda: first + second) if s.role == 0 else second
+        words = f(summed)
         if tuple(words.shape) != shape:
             raise TypeMismatch(
                 f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared"
             )
         z = s.prg("split", (0, 1), x.ring, shape)
-        return Additive(words + z if s.role == 0 else words - z, shape)
+        return Additive(s.local(shape, x.ring.dtype, lambda: words + z if s.role == 0 else words - z), shape)
 
     def plus(self, s: Session, x: Shared) -> Additive:
         """Add a replicated value of the same scale (broadcast into this shape)."""
@@ -76,7 +77,9 @@ async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shar
     """
     ring, role = x.ring, s.role
     (a, b), (c, d) = x.parts, y.parts
-    if role == 0:
+    if s.device == "meta":
+        z = f(a, c)
+    elif role == 0:
         z = f(a + b, c + d)
     elif role == 1:
         z = f(a, d) + f(b, c + d)
@@ -86,11 +89,11 @@ async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shar
     bits = ring.bits
     if role == 1:
         (masked,) = await s.exchange([], [Receive(s.at(2), "z2", shape, ring.dtype, bits)])
-        return _added(s, Additive(z + masked, shape), plus)
+        return _added(s, Additive(s.local(shape, ring.dtype, lambda: z + masked), shape), plus)
     mask = s.prg("zero02", (0, 2), ring, shape)
     if role == 0:
-        return _added(s, Additive(z + mask, shape), plus)
-    await s.exchange([Send(s.at(1), "z2", z - mask, bits)])
+        return _added(s, Additive(s.local(shape, ring.dtype, lambda: z + mask), shape), plus)
+    await s.exchange([Send(s.at(1), "z2", s.local(shape, ring.dtype, lambda: z - mask), bits)])
     return Additive(None, shape)
 
 
@@ -129,45 +132,73 @@ async def close(
     if bits == 0 and out == k:
         return await reshare(s, u.words, shape, ring, frac)
     width = out - k + bits
-    role = s.role
-    if role == 2:
-        ra = s.prg("ra", (0, 2), B8, shape) & 1
-        rb = s.prg("rb", (1, 2), B8, shape) & 1
+    if s.role == 2:
+        ra, rb = _bit(s, "ra", (0, 2), shape), _bit(s, "rb", (1, 2), shape)
         dealt0 = s.prg("ab", (0, 2), ring, shape)
-        dealt1 = (ra & rb).to(ring.dtype) - dealt0
+        dealt1 = s.local(shape, ring.dtype, lambda: (ra & rb).to(ring.dtype) - dealt0)
         await s.exchange([Send(s.at(1), "ab", dealt1, width)])
         return await reshare(s, None, shape, ring, frac)
     assert u.words is not None
     words = u.words
-    if role == 0:
-        ra = s.prg("ra", (0, 2), B8, shape) & 1
+    if s.role == 0:
+        ra = _bit(s, "ra", (0, 2), shape)
         dealt = s.prg("ab", (0, 2), ring, shape)
-        # ceil(u / 2^f) = floor((u - 1) / 2^f) + 1, with the 1 taken off before the wrap is judged.
-        words = words - 1 if bits else words
-        top = words >> (k - 2)
-        p = top == 1
-        a = (p | (top == -2)).to(torch.uint8)
-        own = a ^ ra
+        judged = s.local(shape, torch.uint8, lambda: _outer_quarters(words, k, bits))
+        own = s.local(shape, torch.uint8, lambda: (judged & 1) ^ ra)
         (other,) = await s.exchange(
             [Send(s.at(1), "a", own, 1)], [Receive(s.at(1), "b", shape, torch.uint8, 1)]
         )
-        sign = (1 - ((own ^ other) << 1).to(torch.int8)).to(ring.dtype)
-        # w0 = p - (ab)_0.
-        wrap = p.to(ring.dtype) - (a & other).to(ring.dtype) - sign * dealt
-        y = (words >> bits).to(ring.dtype) - (wrap << (k - bits))
-        if bits:
-            y += 1
+        y = s.local(
+            shape, ring.dtype, lambda: _rounded_up(words, k, bits, ring, judged, own ^ other, other, dealt)
+        )
     else:
-        rb = s.prg("rb", (1, 2), B8, shape) & 1
-        own = (words < 0).to(torch.uint8) ^ rb
+        rb = _bit(s, "rb", (1, 2), shape)
+        own = s.local(shape, torch.uint8, lambda: (words < 0).to(torch.uint8) ^ rb)
         other, dealt = await s.exchange(
             [Send(s.at(0), "b", own, 1)],
             [Receive(s.at(0), "a", shape, torch.uint8, 1), Receive(s.at(2), "ab", shape, ring.dtype, width)],
         )
-        sign = (1 - ((own ^ other) << 1).to(torch.int8)).to(ring.dtype)
-        half = (other & rb).to(ring.dtype) * (1 - (own << 1).to(torch.int8)).to(ring.dtype)
-        y = (words >> bits).to(ring.dtype) + ((half + sign * dealt) << (k - bits))
+        y = s.local(shape, ring.dtype, lambda: _rounded_down(words, k, bits, ring, own, other, rb, dealt))
     return await reshare(s, y, shape, ring, frac)
+
+
+def _bit(s: Session, name: str, roles: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """A random bit per element, as bytes."""
+    words = s.prg(name, roles, B8, shape)
+    return s.local(shape, torch.uint8, lambda: words & 1)
+
+
+def _outer_quarters(words: Tensor, k: int, bits: int) -> Tensor:
+    """a + 2p of role 0: a = [u0 outside [-L/4, L/4)], p = [u0 >= L/4]; u0 less one when it will be rounded up."""
+    # ceil(u / 2^f) = floor((u - 1) / 2^f) + 1, with the 1 taken off before the wrap is judged.
+    top = (words - 1 if bits else words) >> (k - 2)
+    p = (top == 1).to(torch.uint8)
+    return (p | (top == -2).to(torch.uint8)) | p << 1
+
+
+def _signs(both: Tensor, ring: Ring) -> Tensor:
+    """(1 - 2a')(1 - 2b') = 1 - 2(a' xor b')."""
+    return (1 - (both << 1).to(torch.int8)).to(ring.dtype)
+
+
+def _rounded_up(
+    words: Tensor, k: int, bits: int, ring: Ring, judged: Tensor, both: Tensor, other: Tensor, dealt: Tensor
+) -> Tensor:
+    """Role 0's quotient less w0 = p - (ab)_0 wraps."""
+    wrap = ((judged >> 1).to(torch.int8) - (judged & other & 1).to(torch.int8)).to(ring.dtype)
+    wrap -= _signs(both, ring).mul_(dealt)
+    quotient = ((words - 1) >> bits if bits else words).to(ring.dtype)
+    quotient -= wrap << (k - bits)
+    return quotient.add_(1) if bits else quotient
+
+
+def _rounded_down(
+    words: Tensor, k: int, bits: int, ring: Ring, own: Tensor, other: Tensor, rb: Tensor, dealt: Tensor
+) -> Tensor:
+    """Role 1's quotient plus (ab)_1 wraps."""
+    product = (other & rb).to(torch.int8) * (1 - (own << 1).to(torch.int8))
+    wrap = _signs(own ^ other, ring).mul_(dealt).add_(product)
+    return (words >> bits).to(ring.dtype) + (wrap << (k - bits))
 
 
 async def reshare(s: Session, y: Tensor | None, shape: tuple[int, ...], ring: Ring, frac: int) -> Shared:
@@ -179,16 +210,12 @@ async def reshare(s: Session, y: Tensor | None, shape: tuple[int, ...], ring: Ri
     if s.role == 2:
         return Shared(type, (s.prg("c2", (1, 2), ring, shape), s.prg("c0", (0, 2), ring, shape)))
     assert y is not None
-    if s.role == 0:
-        c0 = s.prg("c0", (0, 2), ring, shape)
-        mine = y - c0
-        (theirs,) = await s.exchange(
-            [Send(s.at(1), "y0", mine, bits)], [Receive(s.at(1), "y1", shape, ring.dtype, bits)]
-        )
-        return Shared(type, (c0, mine + theirs))
-    c2 = s.prg("c2", (1, 2), ring, shape)
-    mine = y - c2
+    name, peer, mask = ("c0", 1, (0, 2)) if s.role == 0 else ("c2", 0, (1, 2))
+    own = s.prg(name, mask, ring, shape)
+    mine = s.local(shape, ring.dtype, lambda: y - own)
     (theirs,) = await s.exchange(
-        [Send(s.at(0), "y1", mine, bits)], [Receive(s.at(0), "y0", shape, ring.dtype, bits)]
+        [Send(s.at(peer), f"y{s.role}", mine, bits)],
+        [Receive(s.at(peer), f"y{peer}", shape, ring.dtype, bits)],
     )
-    return Shared(type, (mine + theirs, c2))
+    both = s.local(shape, ring.dtype, lambda: mine + theirs)
+    return Shared(type, (own, both) if s.role == 0 else (both, own))

@@ -38,8 +38,9 @@ from sfumato.runtime.local import LocalCluster
 from sfumato.runtime.machine import PartyMachine
 from sfumato.runtime.report import CostReport, merged_rows
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
+from sfumato.session.ledger import Row
 from sfumato.session.randomness import PairStreams
-from sfumato.types import Ring, Z64
+from sfumato.types import Z64, Ring, Shared
 
 __all__ = ["Backend", "Lockstep", "Remote", "Term", "open_backend"]
 
@@ -240,6 +241,40 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+#: The clock of a party that a message chain does not start from.
+_NEVER = -(1 << 40)
+
+
+class _Repeat(NamedTuple):
+    """What one call of a plan costs: path lengths from party j's start to party i's end, ledger rows, result types."""
+
+    lengths: list[tuple[int, ...]]
+    rows: list[dict[str, Row]]
+    values: list[list[Shared]]
+
+    @staticmethod
+    def of(machines: Sequence[PartyMachine], path: str, outputs: Sequence[str]) -> _Repeat:
+        """Read it off machines that have just run the call ``path`` from unit clocks."""
+        prefix = f"/{path}"
+        rows = [
+            {p[len(prefix) :]: row for p, row in machine.ledger.rows.items() if p == prefix or p.startswith(f"{prefix}/")}
+            for machine in machines
+        ]
+        lengths = [machine.clock for machine in machines]
+        return _Repeat(
+            [clock if isinstance(clock, tuple) else (clock,) for clock in lengths],
+            rows,
+            [machine.known(outputs) for machine in machines],
+        )
+
+    def again(self, machines: Sequence[PartyMachine], path: str, outputs: Sequence[str]) -> None:
+        """Book the same call under another path."""
+        for machine, rows, values in zip(machines, self.rows, self.values, strict=True):
+            for suffix, row in rows.items():
+                machine.ledger.rows[f"/{path}{suffix}"] = replace(row)
+            machine.remember(outputs, values)
+
+
 class Lockstep(Backend):
     """All parties in this process, in one thread: ``simulate``, ``plain`` and ``meta``."""
 
@@ -261,6 +296,7 @@ class Lockstep(Backend):
             for i in range(count)
         ]
         self._links = links
+        self._repeats: dict[str, _Repeat] = {}
 
     @property
     def _parties(self) -> int:
@@ -277,6 +313,33 @@ class Lockstep(Backend):
             for link, machine, own in zip(self._links, self._machines, attachments, strict=True)
         ]
         return lockstep(tasks)
+
+    def call(
+        self,
+        name: str,
+        path: str,
+        inputs: Mapping[str, str],
+        publics: Mapping[str, Tensor],
+        outputs: Sequence[str],
+    ) -> None:
+        """As in :class:`Backend`. On shapes, a plan's calls all cost the same: the first is run, the others repeat its
+        rows, and its matrix of path lengths moves the clocks on."""
+        if self.device != "meta":
+            super().call(name, path, inputs, publics, outputs)
+            return
+        starts = [machine.clock for machine in self._machines]
+        if name not in self._repeats:
+            for i, machine in enumerate(self._machines):
+                machine.clock = tuple(0 if j == i else _NEVER for j in range(len(starts)))
+            super().call(name, path, inputs, publics, outputs)
+            self._repeats[name] = _Repeat.of(self._machines, path, outputs)
+        else:
+            self._client_bytes += self._parties * _bytes(list(publics.values()))
+            self._repeats[name].again(self._machines, path, outputs)
+        for machine, lengths in zip(self._machines, self._repeats[name].lengths, strict=True):
+            machine.clock = max(
+                length + start for length, start in zip(lengths, starts, strict=True) if isinstance(start, int)
+            )
 
     def close(self) -> None:
         for machine in self._machines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from sfumato.runtime.commands import Affine, Call, Command, Drop, Load, Put, Rev
 from sfumato.session.drive import Scheduler
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
-from sfumato.session.session import Session
+from sfumato.session.session import Clock, Session
 from sfumato.types import Ring, Secret, Shared
 
 __all__ = ["PartyMachine", "make_machine", "make_protocol"]
@@ -108,8 +108,24 @@ class PartyMachine:
                     reply = (self._stats(), [])
                 case _:
                     raise JobError(f"a machine does not know the command {type(command).__name__}")
-            self.ledger.rounds = self._root.clock
             return reply
+
+    @property
+    def clock(self) -> Clock:
+        """Rounds so far at this party; a run on shapes sets it to learn how a call moves it on."""
+        return self._root.clock
+
+    @clock.setter
+    def clock(self, now: Clock) -> None:
+        self._root.clock = now
+
+    def known(self, handles: Sequence[str]) -> list[Shared]:
+        """The values of these handles."""
+        return [self._get(handle) for handle in handles]
+
+    def remember(self, handles: Sequence[str], values: Sequence[Shared]) -> None:
+        """Give values their handles without a command: for runs on shapes."""
+        self._handles.update(zip(handles, values, strict=True))
 
     def close(self) -> None:
         """Forget every share and plan."""
@@ -218,7 +234,7 @@ class PartyMachine:
         scale = 1 if sys.platform == "darwin" else 1024
         usage = resource.getrusage(resource.RUSAGE_SELF)
         stats: dict[str, Any] = {
-            "rounds": self.ledger.rounds,
+            "rounds": self.clock,
             "rows": {path: [row.bytes_sent, row.sends] for path, row in self.ledger.rows.items()},
             "peak_memory": usage.ru_maxrss * scale,
             "cpu_s": usage.ru_utime + usage.ru_stime,

@@ -19,7 +19,7 @@ from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
 from sfumato.types import Ring
 
-__all__ = ["Branch", "Gather", "Receive", "Send", "Session", "Wanted"]
+__all__ = ["Branch", "Clock", "Gather", "Receive", "Send", "Session", "Wanted"]
 
 
 class Send(NamedTuple):
@@ -63,11 +63,24 @@ def _suspend(request: Wanted | Gather) -> Generator[Wanted | Gather, Any, Any]:
     return (yield request)
 
 
+#: A round count; or, to learn how an operation's rounds depend on when each party starts, one count per starting party.
+Clock = int | tuple[int, ...]
+
+
+def _later(own: Clock, other: Clock, step: int = 0) -> Clock:
+    """The later of two clocks, the other one moved on by ``step``."""
+    if isinstance(own, tuple) and isinstance(other, tuple):
+        return tuple(max(a, b + step) for a, b in zip(own, other, strict=True))
+    assert isinstance(own, int)
+    assert isinstance(other, int)
+    return max(own, other + step)
+
+
 @dataclass(slots=True)
 class _Clock:
     """Depth of the message chain that the running branch has seen."""
 
-    now: int = 0
+    now: Clock = 0
 
 
 class Session:
@@ -145,8 +158,13 @@ class Session:
         return (role + self.turn) % 3
 
     @property
-    def clock(self) -> int:
+    def clock(self) -> Clock:
+        """Rounds so far, as this branch has seen them."""
         return self._clock.now
+
+    @clock.setter
+    def clock(self, now: Clock) -> None:
+        self._clock.now = now
 
     # ---- what we do ----------------------------------------------------------------------------------------
 
@@ -160,7 +178,8 @@ class Session:
             sessions.append(child)
             coroutines.append(branch(child))
         results: list[Any] = await _suspend(Gather(tuple(coroutines)))
-        self._clock.now = max([start, *(child._clock.now for child in sessions)])
+        for child in sessions:
+            self._clock.now = _later(self._clock.now, child._clock.now)
         return results
 
     async def exchange(self, sends: Sequence[Send] = (), receives: Sequence[Receive] = ()) -> list[Tensor]:
@@ -182,7 +201,7 @@ class Session:
         frames: list[Frame] = await _suspend(Wanted(wanted))
         out = []
         for expected, frame in zip(receives, frames, strict=True):
-            self._clock.now = max(self._clock.now, frame.clock + 1)
+            self._clock.now = _later(self._clock.now, frame.clock, 1)
             if frame.dtype != PACKED + expected.bits:
                 raise LinkError(
                     f"party {expected.frm} sent fields of another width at {self.path}:{expected.name} "
@@ -193,6 +212,11 @@ class Session:
             else:
                 out.append(unpack(frame.payload, expected.bits, expected.shape, expected.dtype))
         return out
+
+    def local(self, shape: tuple[int, ...], dtype: torch.dtype, work: Callable[[], Tensor]) -> Tensor:
+        """The result of a local computation; in a run on shapes, its type alone (torch takes 60 us per elementwise
+        operation on the meta device, and no cost depends on it)."""
+        return torch.empty(shape, dtype=dtype, device="meta") if self.device == "meta" else work()
 
     def prg(self, name: str, roles: tuple[int, int], ring: Ring, shape: tuple[int, ...]) -> Tensor:
         """Uniform words known to the parties in these two roles alone; this party must be one of them."""

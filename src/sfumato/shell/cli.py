@@ -80,6 +80,10 @@ BackendName = Annotated[
 ]
 Profile = Annotated[str, typer.Option(help="precise, fast, or the approximations of a paper.")]
 Secret = Annotated[str, typer.Option(help="inputs, or inputs+weights.")]
+PublicComponent = Annotated[
+    list[str] | None,
+    typer.Option(help="With secret weights: what stays in clear at the client (text_encoder, vae)."),
+]
 Size = Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")]
 
 
@@ -136,6 +140,7 @@ def generate(
     height: Size = None,
     width: Size = None,
     secret: Secret = "inputs",
+    public_component: PublicComponent = None,
     cluster: Annotated[Path | None, typer.Option(help="Cluster file of three real parties.")] = None,
     keys: Annotated[
         Path | None, typer.Option(help="Your certificate's folder. [default: that of the file]")
@@ -159,7 +164,13 @@ def generate(
     from sfumato.shell.report import cost_table
 
     pipe = SecurePipeline.from_pretrained(
-        model, secret=secret, profile=profile, cluster=cluster, keys=keys, backend=backend
+        model,
+        secret=secret,
+        public_components=public_component or (),
+        profile=profile,
+        cluster=cluster,
+        keys=keys,
+        backend=backend,
     )
     output = pipe(
         prompt,
@@ -186,6 +197,7 @@ def estimate(
     width: Size = None,
     images: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 1,
     secret: Secret = "inputs",
+    public_component: PublicComponent = None,
     profile: Profile = "precise",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
 ) -> None:
@@ -196,7 +208,9 @@ def estimate(
     from sfumato.diffusion.pipeline import SecurePipeline
     from sfumato.shell.report import cost_table
 
-    pipe = SecurePipeline.from_pretrained(model, secret=secret, profile=profile)
+    pipe = SecurePipeline.from_pretrained(
+        model, secret=secret, public_components=public_component or (), profile=profile
+    )
     report = pipe.estimate(
         num_inference_steps=steps,
         guidance_scale=_guidance(model, guidance),

@@ -88,6 +88,7 @@ def save_bars(path: Path, groups: Mapping[str, Mapping[str, int]]) -> None:
         sizes = np.array([groups[block].get(kind, 0) / 1e6 for block in order])
         axes.barh(order, sizes, left=left, label=kind)
         left += sizes
+    axes.set_xlim(0, 1.04 * float(left.max()) or 1.0)
     axes.invert_yaxis()
     axes.set_xlabel("MB sent by the three parties together")
     axes.legend(fontsize="small")

@@ -219,14 +219,13 @@ async def _where(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
     def pick(filled: Args) -> Tensor:
         return torch.where(mask.to(filled[0].device), filled[0], filled[1])
 
-    device = s.device
-    values = tuple(v if isinstance(v, Shared) else _public(v).to(device) for v in (x, y))
+    def masked(v: Any, there: Tensor) -> Shared | Tensor:
+        if isinstance(v, Shared):
+            return v
+        known = _public(v).to(device=mask.device, dtype=torch.float64)
+        return torch.where(there, known, torch.zeros_like(known))  # what is not picked need not fit the ring
 
-    def masked(i: int, v: Shared | Tensor) -> Shared | Tensor:
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        return v if isinstance(v, Shared) else torch.where(mask == (i == 0), v.to(zero.dtype), zero)
-
-    return local(ctx, s, pick, tuple(masked(i, v) for i, v in enumerate(values)))
+    return local(ctx, s, pick, (masked(x, mask), masked(y, ~mask)))
 
 
 def _public(value: Any) -> Tensor:

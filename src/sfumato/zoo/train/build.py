@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .prompts import MAX_LENGTH, make_tokenizer
@@ -113,40 +114,11 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def count_macs(model: torch.nn.Module, call: Callable[[], object]) -> int:
-    """Multiply-adds of the convolutions, linear layers and attention products run by ``call``."""
-    total = 0
-
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(module, torch.nn.Conv2d):
-            total += output.numel() * module.weight[0].numel()
-        elif isinstance(module, torch.nn.Linear):
-            total += output.numel() * module.in_features
-
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor:
-        nonlocal total
-        total += q.numel() * k.shape[-2] + q.numel() // q.shape[-1] * v.numel() // (v.shape[0] * v.shape[1])
-        return plain(q, k, v, *args, **kwargs)
-
-    hooks = [module.register_forward_hook(hook) for module in model.modules()]
-    plain = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = attention
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = plain
-        for handle in hooks:
-            handle.remove()
-    return total
-
-
 def unet_macs(unet: UNet2DConditionModel) -> int:
-    """Multiply-adds of one evaluation of the U-Net for one sample at its own latent size."""
+    """Multiply-adds (attention products too) of one evaluation for one sample at the U-Net's own size."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     latent = torch.zeros(1, unet.config.in_channels, size, size)
     text = torch.zeros(1, MAX_LENGTH, width)
-    return count_macs(unet, lambda: unet(latent, torch.tensor([1]), text))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        unet(latent, torch.tensor([1]), text)
+    return int(counter.get_total_flops()) // 2

@@ -17,6 +17,7 @@ from .prompts import CLASS_NAMES, class_prompts
 
 STEPS = 50
 NEIGHBOURS = 5
+Row = dict[str, str | float]
 
 
 class Diversity(NamedTuple):
@@ -59,30 +60,42 @@ def diversity(fake: torch.Tensor, real: torch.Tensor) -> Diversity:
     return Diversity(float(recall), float(coverage), float(spread))
 
 
+class Measure:
+    """Measures one class after another and sums up."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, judge: Judge, data: Path, guidance: float) -> None:
+        self.pipeline, self.judge, self.guidance = pipeline, judge, guidance
+        self.test, self.train = load_split(data, train=False), load_split(data, train=True)
+
+    def one(self, label: int, count: int) -> Row:
+        """Accuracy and diversity of a class, and the diversity of real training images as reference."""
+        images = generate(self.pipeline, label, range(count), self.guidance)
+        said = self.judge.classify(images)
+        features = [self.judge.extract(s.images[s.labels == label][:count]) for s in (self.test, self.train)]
+        row: Row = {"class": CLASS_NAMES[label], "accuracy": float((said == label).float().mean())}
+        row |= diversity(self.judge.extract(images), features[0])._asdict()
+        row |= {f"real_{k}": v for k, v in diversity(features[1], features[0])._asdict().items()}
+        wrong = said[said != label].bincount(minlength=20)
+        row["taken_for"] = CLASS_NAMES[int(wrong.argmax())] if int(wrong.sum()) else ""
+        print(row, flush=True)
+        return row
+
+    def summary(self, rows: list[Row], count: int) -> dict[str, object]:
+        """The rows of all classes with the means of digits and of clothes."""
+        measures = [key for key, value in rows[0].items() if isinstance(value, float)]
+        groups = {
+            group: {key: sum(float(row[key]) for row in part) / len(part) for key in measures}
+            for group, part in (("digits", rows[:10]), ("clothes", rows[10:]))
+        }
+        return {"guidance": self.guidance, "steps": STEPS, "per_class": count, "classes": rows, **groups}
+
+
 def evaluate(
     pipeline: StableDiffusionPipeline, judge: Judge, data: Path, guidance: float, per_class: int = 100
 ) -> dict[str, object]:
     """Accuracy of every class and diversity, also of real training images as the reference."""
-    test, train = load_split(data, train=False), load_split(data, train=True)
-    rows: list[dict[str, object]] = []
-    for label, name in enumerate(CLASS_NAMES):
-        images = generate(pipeline, label, range(per_class), guidance)
-        said = judge.classify(images)
-        real = judge.extract(test.images[test.labels == label][:per_class])
-        other = judge.extract(train.images[train.labels == label][:per_class])
-        row: dict[str, object] = {"class": name, "accuracy": float((said == label).float().mean())}
-        row |= diversity(judge.extract(images), real)._asdict()
-        row |= {f"real_{k}": v for k, v in diversity(other, real)._asdict().items()}
-        wrong = said[said != label].bincount(minlength=20)
-        row["taken_for"] = CLASS_NAMES[int(wrong.argmax())] if int(wrong.sum()) else ""
-        rows.append(row)
-        print(row, flush=True)
-    measures = [key for key, value in rows[0].items() if isinstance(value, float)]
-    groups = {
-        group: {key: sum(float(str(row[key])) for row in part) / len(part) for key in measures}
-        for group, part in (("digits", rows[:10]), ("clothes", rows[10:]))
-    }
-    return {"guidance": guidance, "steps": STEPS, "per_class": per_class, "classes": rows, **groups}
+    measure = Measure(pipeline, judge, data, guidance)
+    return measure.summary([measure.one(label, per_class) for label in range(20)], per_class)
 
 
 def draw_grid(pipeline: StableDiffusionPipeline, guidance: float, path: Path, columns: int = 8) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ..judge import Judge, as_judged, save_judge
 from .data import load_split
-from .loop import Indices, run
+from .loop import Indices, channels_last, run
 
 
 def shifted(images: torch.Tensor, clothes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -37,7 +37,7 @@ def train_judge(data: Path, out: Path, minutes: float) -> Path:
     path = out / "judge.safetensors"
     split = load_split(data, train=True)
     torch.manual_seed(0)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = channels_last(Judge())
     draw = Indices(len(split.labels), 128, seed=1)
     generator = torch.Generator().manual_seed(2)
 

@@ -7,11 +7,21 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
 
 Step = Callable[[int], torch.Tensor]
+Trained = TypeVar("Trained", bound=nn.Module)
+
+
+def channels_last(module: Trained) -> Trained:
+    """The module with its convolution weights laid out channels last, which is faster here."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 class Average:

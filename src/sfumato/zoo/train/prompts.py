@@ -11,7 +11,7 @@ MAX_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CLOTHES = (
+CLOTHES: tuple[tuple[str, ...], ...] = (
     ("t-shirt", "tshirt", "t-shirt top", "tee"),
     ("trousers", "trouser", "pants", "pair of trousers"),
     ("pullover", "sweater", "jumper"),
@@ -52,10 +52,9 @@ def _article(noun: str) -> str:
 
 def class_prompts(label: int) -> list[str]:
     """Every training prompt of one class; the first is the plainest sentence for it."""
-    if label < 10:
-        names, templates = (DIGITS[label], str(label)), _DIGIT + _BOTH
-    else:
-        names, templates = CLOTHES[label - 10], ("a photo of {a}", *_CLOTHES, *_BOTH)
+    names: tuple[str, ...] = CLOTHES[label - 10] if label >= 10 else (DIGITS[label], str(label))
+    own = ("a photo of {a}", *_CLOTHES) if label >= 10 else _DIGIT
+    templates = (*own, *_BOTH)
     prompts = [t.format(n=name, a=_article(name)) for t in templates for name in names]
     return list(dict.fromkeys(prompts))
 

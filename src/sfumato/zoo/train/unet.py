@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 from .build import make_pipeline
-from .loop import Indices, run
+from .loop import Indices, channels_last, run
 from .prompts import MAX_LENGTH, class_prompts
 
 LATENTS, CHECKPOINT = "latents.pt", "unet.ckpt"
@@ -59,7 +60,7 @@ def _train(number: int, processes: int, labels: torch.Tensor, out: Path, minutes
         distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=processes)
     torch.manual_seed(0)
     pipeline = make_pipeline()
-    model = Denoiser(pipeline).to(memory_format=torch.channels_last)
+    model = channels_last(Denoiser(pipeline))
     latents = torch.load(out / LATENTS, weights_only=True, mmap=True)
     table = PromptTable(pipeline, seed=100 + number)
     draw = Indices(len(labels), BATCH // processes, seed=200 + number)
@@ -90,7 +91,7 @@ def train_unet(
     """
     if processes > 1:
         (out / "meeting").unlink(missing_ok=True)
-        multiprocessing.spawn(_train, (processes, labels, out, minutes), nprocs=processes)
+        spawn(_train, (processes, labels, out, minutes), nprocs=processes)
     else:
         _train(0, 1, labels, out, minutes)
     return pipeline_from_checkpoint(vae, out / CHECKPOINT)

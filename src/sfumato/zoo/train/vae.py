@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .build import make_vae
 from .data import load_split, to_signed
-from .loop import Indices, run
+from .loop import Indices, channels_last, run
 
 KL_WEIGHT = 1e-6
 
@@ -20,7 +20,7 @@ def train_vae(data: Path, out: Path, minutes: float) -> AutoencoderKL:
     """Autoencoder with a small KL term; its scaling factor is set from the spread of the latents."""
     split = load_split(data, train=True)
     torch.manual_seed(0)
-    vae = make_vae().to(memory_format=torch.channels_last)
+    vae = channels_last(make_vae())
     draw = Indices(len(split.labels), 64, seed=3)
 
     def step(_: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def encode_all(vae: AutoencoderKL, images: torch.Tensor, cache: Path) -> None:
     if cache.is_file():
         return
     parts = []
-    vae.to(memory_format=torch.channels_last)
+    channels_last(vae)
     for block in images.split(500):
         signed = to_signed(block).contiguous(memory_format=torch.channels_last)
         parts.append((vae.encode(signed).latent_dist.mode() * vae.config.scaling_factor).half())
