@@ -104,7 +104,9 @@ class Deployment:
             types = plan.program.types
             return {n: torch.zeros(types[n][0], dtype=types[n][1]) for n in names}
 
-        values = ClientValues(zeros(plan.client_inputs), zeros(plan.public_inputs), zeros(plan.program.output_names))
+        values = ClientValues(
+            zeros(plan.client_inputs), zeros(plan.public_inputs), zeros(plan.program.output_names)
+        )
         self._run(self._calls, values, {}, True)
         self._calls += 1
 
@@ -145,12 +147,18 @@ def deploy(
     ``cluster``: path of a cluster file (with the client's keys beside it, or in ``keys``); else ``backend``:
     ``"local"`` starts three processes over mTLS, ``"simulate"`` one thread, ``"plain"`` no secrecy.
 
-    ``certificate``: check a few elements of every layer's result against the calibrated range, at the client's eyes only.
+    ``certificate``: check a few elements of every layer's result against the calibrated range, for the client alone.
 
     Raises:
         LinkError: the parties cannot be reached.
     """
-    opened = open_backend(backend, protocol=protocol, cluster=cluster, keys=keys, options={"fused": fused, "certificate": certificate})
+    opened = open_backend(
+        backend,
+        protocol=protocol,
+        cluster=cluster,
+        keys=keys,
+        options={"fused": fused, "certificate": certificate},
+    )
     try:
         return Deployment(plan, opened)
     except BaseException:
@@ -176,7 +184,9 @@ def run(
         LinkError: a party was lost; nothing is left behind.
         RangeError: a layer left its calibrated range; names it.
     """
-    with deploy(plan, cluster, backend=backend, protocol=protocol, fused=fused, certificate=certificate) as deployment:
+    with deploy(
+        plan, cluster, backend=backend, protocol=protocol, fused=fused, certificate=certificate
+    ) as deployment:
         outputs = deployment(*args, **(kwargs or {}))
         return Result(outputs, deployment.cost)
 
@@ -184,7 +194,7 @@ def run(
 def estimate(
     plan: Plan, protocol: str = "rep3", *, fused: bool = True, certificate: bool = True
 ) -> CostReport:
-    """The exact cost of one :func:`run`, from a run on shapes: rounds, bytes per party, by path. Nothing is computed."""
+    """The exact cost of one :func:`run`, from a run on shapes: rounds, bytes per party and by path."""
     if protocol == "plain":
         raise JobError("plain sends nothing; estimate rep3")
     with deploy(plan, backend="meta", protocol=protocol, fused=fused, certificate=certificate) as deployment:

@@ -261,7 +261,9 @@ class SecurePipeline:
     def _weights(self) -> str:
         """Digest of the weights that ranges depend on, computed again when they change."""
         modules = (self._pipe.unet, self._pipe.text_encoder)
-        state = tuple((id(p), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters())
+        state = tuple(
+            (id(p), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()
+        )
         if self._digest[0] != state:
             self._digest = state, weights_digest(*modules)
         return self._digest[1]

@@ -31,10 +31,10 @@ from sfumato.ring.fixed import encode
 from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
-__all__ = ["GAIN_FRAC", "Conv", "add", "conv", "linear", "matmul", "mul", "neg", "scale", "square", "sub"]
+__all__ = ["GAIN_FRAC", "Conv", "add", "conv", "gain_frac", "linear", "matmul", "mul", "neg", "scale", "square", "sub"]
 
-#: Fraction bits of public factors (weights and constants).
-GAIN_FRAC = 18
+#: Fraction bits of public factors (weights and constants) where the ring has room for them.
+GAIN_FRAC = 20
 
 Value = Shared | Tensor | float | int
 
@@ -78,19 +78,20 @@ def neg(p: Protocol, x: Shared) -> Shared:
 
 
 async def scale(
-    p: Protocol, s: Session, x: Shared, c: Tensor | float | int, *, gain_frac: int | None = None
+    p: Protocol, s: Session, x: Shared, c: Tensor | float | int, *, gain: int | None = None
 ) -> Shared:
     """x * c for public reals c, with broadcasting. Python whole numbers cost nothing; else one truncation.
 
-    Error: one ulp plus |x| 2^-(gain_frac + 1). Cost: 2 rounds, 2k + gain_frac + 2 bits.
+    Error: one ulp plus |x| 2^-(gain + 1). Cost: 2 rounds, 2k + gain + 2 bits.
     """
     t = _tensor(c)
     shape = tuple(torch.broadcast_shapes(x.shape, t.shape))
     if not isinstance(c, Tensor) and float(c) == round(float(c)):
         whole = int(c)
         return p.linear(lambda part: part * whole, x)
-    # A tensor's scale must not depend on its values: they may be known only at the run, messages before.
-    g = gain_frac if gain_frac is not None else GAIN_FRAC if isinstance(c, Tensor) else _gain_frac(t)
+    if gain is None:
+        gain = gain_frac(x) if isinstance(c, Tensor) else _scalar_gain(float(c), x)
+    g = gain
     if t.numel() > 1 or shape != x.shape:
         return await p.linear_truncate(
             s, lambda part: part * encode(t.to(part.device), x.ring, g), x, g, shape=shape, gain_frac=g
@@ -109,14 +110,17 @@ async def scale(
     return await elementwise(p, s, step, x)
 
 
-def _gain_frac(t: Tensor) -> int:
-    """Fraction bits that keep about 18 significant bits of small factors and headroom for large ones."""
-    if t.device.type == "meta" or t.numel() == 0:
-        return GAIN_FRAC
-    top = float(t.abs().max())
-    if top == 0.0 or not math.isfinite(top):
-        return GAIN_FRAC
-    return max(8, min(30, GAIN_FRAC - math.floor(math.log2(top))))
+def gain_frac(x: Shared) -> int:
+    """Fraction bits of public tensors that multiply x. By its type alone: message sizes must not depend on values that
+    may be known only at the run. Eight bits are left for the product's whole part and its sign."""
+    return min(GAIN_FRAC, x.ring.bits - 8 - x.frac)
+
+
+def _scalar_gain(c: float, x: Shared) -> int:
+    """Fraction bits of a number that the plan knows: about as many significant bits whatever its size."""
+    if c == 0.0 or not math.isfinite(c):
+        return gain_frac(x)
+    return max(0, min(30, gain_frac(x) - math.floor(math.log2(abs(c)))))
 
 
 async def mul(p: Protocol, s: Session, x: Value, y: Value, *, plus: Shared | None = None) -> Shared:
@@ -173,7 +177,7 @@ def _factor_words(factor: float) -> tuple[int, int]:
     if factor == 1.0:
         return 1, 0
     bits = max(0, 14 - math.floor(math.log2(abs(factor))))
-    return int(round(factor * 2.0**bits)), bits
+    return round(factor * 2.0**bits), bits
 
 
 async def _tiled_product(
@@ -244,7 +248,7 @@ async def _public_product(
 ) -> Shared:
     """x @ w, or w @ x when ``left``, for public reals w; factor is folded into w in float64."""
     w = w.to(torch.float64) * factor if factor != 1.0 else w
-    gain = _gain_frac(w) if w.device.type != "meta" else GAIN_FRAC
+    gain = gain_frac(x)
     shape = _matmul_shape(w.shape, x.shape) if left else _matmul_shape(x.shape, w.shape)
     extra, public = _as_secret_plus(p, s, x, plus, shape)
 
@@ -364,7 +368,7 @@ async def conv(
         if isinstance(kernel, Shared):
             lifted = None if c is None else p.lift(c, a.frac + kernel.frac)
             return await p.bilinear_truncate(child, geometry, a, kernel, kernel.frac, plus=lifted)
-        gain = _gain_frac(kernel)
+        gain = gain_frac(a)
         lifted = None if c is None else p.lift(c, a.frac + gain)
 
         def f(part: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode, encode_scalar
 from sfumato.ring.prg import stream_words
 from sfumato.runtime import commands, weights
+from sfumato.runtime.client import RemoteSession
+from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.commands import (
     Affine,
     Call,
@@ -190,6 +192,7 @@ class Backend(ABC):
         self, command: Command, attachments: Sequence[Sequence[Tensor]]
     ) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
 
+    @abstractmethod
     def close(self) -> None:
         """End the session; shares are gone afterwards."""
 
@@ -257,7 +260,11 @@ class _Repeat(NamedTuple):
         """Read it off machines that have just run the call ``path`` from unit clocks."""
         prefix = f"/{path}"
         rows = [
-            {p[len(prefix) :]: row for p, row in machine.ledger.rows.items() if p == prefix or p.startswith(f"{prefix}/")}
+            {
+                p[len(prefix) :]: row
+                for p, row in machine.ledger.rows.items()
+                if p == prefix or p.startswith(f"{prefix}/")
+            }
             for machine in machines
         ]
         lengths = [machine.clock for machine in machines]
@@ -338,7 +345,9 @@ class Lockstep(Backend):
             self._repeats[name].again(self._machines, path, outputs)
         for machine, lengths in zip(self._machines, self._repeats[name].lengths, strict=True):
             machine.clock = max(
-                length + start for length, start in zip(lengths, starts, strict=True) if isinstance(start, int)
+                length + start
+                for length, start in zip(lengths, starts, strict=True)
+                if isinstance(start, int)
             )
 
     def close(self) -> None:

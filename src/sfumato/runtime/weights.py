@@ -64,7 +64,7 @@ def opened(folder: Path, name: str, names: Sequence[str]) -> MappedWeights:
     Raises:
         JobError: no such file here, or another content.
     """
-    if not isinstance(name, str) or not _NAME.match(name) or not str(folder):
+    if not _NAME.match(str(name)) or folder == Path():
         raise JobError("this party takes no weights from files; send them")
     path = folder / f"{name}.safetensors"
     if not path.is_file():

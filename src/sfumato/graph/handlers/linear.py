@@ -45,7 +45,7 @@ async def product(
         raise TypeMismatch("a product of two public values does not belong under the protocol")
     public: Tensor = y
     whole = not public.is_floating_point()
-    gain = 0 if whole else ctx.frac if x.frac == 0 else basic.GAIN_FRAC
+    gain = 0 if whole else ctx.frac if x.frac == 0 else basic.gain_frac(x)
 
     def on_words(part: Tensor) -> Tensor:
         return f(part, encode(public.to(part.device), x.ring, gain))
