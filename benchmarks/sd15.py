@@ -34,7 +34,7 @@ from sfumato.runtime.backend import Backend, open_backend
 RECORD, PAGE = common.RESULTS / "sd15.json", common.RESULTS / "sd15.md"
 TIMESTEP = 500.0
 #: Factors of the rescaled variant: of conv_in and the resnets' second convolutions; of attention logits.
-RESIDUAL_FACTOR, LOGIT_FACTOR = 60.0, 8.0
+RESIDUAL_FACTOR, LOGIT_FACTOR = 60.0, 14.0
 SIZES: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8},
     "small": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 4, "norm_num_groups": 8},

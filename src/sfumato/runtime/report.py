@@ -62,13 +62,16 @@ class CostReport:
         """The record as JSON text."""
         return json.dumps(asdict(self) | {"total_bytes": self.total_bytes}, indent=1)
 
-    def grouped(self, depth: int = 2) -> dict[str, PathCost]:
-        """Costs summed over the first ``depth`` components of the paths, largest first."""
+    def grouped(self, depth: int = 1) -> dict[str, PathCost]:
+        """Costs by place in the model, summed over calls and steps, largest first.
+
+        A path starts with the call (``step3``), then names ``depth`` levels of the model; "~" and "#" mark what
+        overlaps with what, not where it is.
+        """
         groups: dict[str, list[list[int]]] = {}
         for path, cost in self.by_path.items():
-            # "~" and "#" mark what overlaps with what, not where in the model it is.
             names = [part for part in path.strip("/").split("/") if part[:1] not in "~#"]
-            key = "/".join(names[:depth])
+            key = "/".join(names[1 : 1 + depth]) or names[0]
             sums = groups.setdefault(key, [[0] * len(cost.bytes_sent), [0] * len(cost.sends)])
             for i, (size, count) in enumerate(zip(cost.bytes_sent, cost.sends, strict=True)):
                 sums[0][i] += size
@@ -76,7 +79,7 @@ class CostReport:
         found = {key: PathCost(tuple(sizes), tuple(counts)) for key, (sizes, counts) in groups.items()}
         return dict(sorted(found.items(), key=lambda item: -sum(item[1].bytes_sent)))
 
-    def table(self, rows: int = 12, depth: int = 2) -> str:
+    def table(self, rows: int = 12, depth: int = 1) -> str:
         """A short text table: totals, then the most expensive paths."""
         lines = [
             f"protocol {self.protocol}: {self.rounds:,} rounds, {_size(self.total_bytes)} between the parties "
