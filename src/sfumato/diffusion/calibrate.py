@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.request import Prepared
-from sfumato.diffusion.schedule import Schedule
+from sfumato.diffusion.schedule import Schedule, probe_schedule
 from sfumato.errors import CaptureError
 from sfumato.graph.calibrate import Calibration
 
@@ -35,9 +35,10 @@ PROMPTS = (
     "a sneaker",
     "",
 )
-_BUDGET_S = 45.0
+_BUDGET_S = 60.0
 _SAMPLES = 96
 _RUNS = 32
+_SHORTEST = 4
 _FORMAT = 1
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
@@ -46,16 +47,18 @@ Sample = tuple[tuple[Tensor], dict[str, Any]]
 def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> list[Sample]:
     """Arguments of the denoiser along plain trajectories: all timesteps, eight prompts, several noises.
 
-    Slow models get fewer prompts, then fewer recorded timesteps. The caller's own prompt is not used: ranges
+    Slow models get fewer prompts, then shorter trajectories. The caller's own prompt is not used: ranges
     are public.
     """
-    schedule, batch = prepared.schedule, prepared.batch
-    steps = len(schedule.steps)
-    one_s = _seconds(denoiser, _sample(pipe, prepared, 0))
-    # Each prompt costs its trajectory, then about twice that again to measure what was recorded.
+    one_s = _seconds(denoiser, prepared)
+    longest = max(_SHORTEST, int(_BUDGET_S / (3 * one_s)))
+    if len(prepared.schedule.steps) > longest:
+        prepared = replace(prepared, schedule=probe_schedule(pipe.scheduler, longest))
+    steps, batch = len(prepared.schedule.steps), prepared.batch
+    # Each trajectory costs its calls, then about twice that again to measure what was recorded.
     wanted = max(-(-len(PROMPTS) // batch), min(_RUNS, _SAMPLES // steps))
-    runs = max(1, min(wanted, int(_BUDGET_S / max(3 * steps * one_s, 1e-9))))
-    kept = max(2, min(steps, _SAMPLES // runs, int(_BUDGET_S / max(2 * runs * one_s, 1e-9))))
+    runs = max(1, min(wanted, int(_BUDGET_S / (3 * steps * one_s))))
+    kept = max(2, min(steps, _SAMPLES // runs))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
     samples: list[Sample] = []
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
@@ -68,15 +71,12 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
     return samples
 
 
-def _seconds(denoiser: Denoiser, sample: Sample) -> float:
-    """Time of one call, the better of two."""
-    times = []
-    with torch.no_grad():
-        for _ in range(2):
-            started = time.monotonic()
-            denoiser(*sample[0], **sample[1])
-            times.append(time.monotonic() - started)
-    return min(times)
+def _seconds(denoiser: Denoiser, prepared: Prepared) -> float:
+    """Rough time of one call by the model's size alone, so that the same model always gets the same ranges."""
+    weights = sum(p.numel() for p in denoiser.parameters())
+    pixels = prepared.latents.shape[0] * prepared.latents.shape[-2] * prepared.latents.shape[-1]
+    products = weights * pixels / 8 * (2 if prepared.guided else 1)
+    return max(0.02, products / 40e9)
 
 
 def _sample(pipe: Any, prepared: Prepared, run: int) -> Sample:

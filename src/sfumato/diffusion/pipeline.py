@@ -32,7 +32,7 @@ _AT_CLIENT = {"text_encoder", "vae"}
 
 
 @dataclass
-class SecureOutput(BaseOutput):  # type: ignore[misc]
+class SecureOutput(BaseOutput):
     """What a call returns: ``images`` as diffusers gives them, and the ``report`` of what it cost."""
 
     images: Any

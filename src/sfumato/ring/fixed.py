@@ -11,6 +11,9 @@ from sfumato.types import Ring
 
 __all__ = ["decode", "encode", "encode_scalar"]
 
+#: Elements encoded at a time: their float64 form stays in cache.
+_CHUNK = 1 << 15
+
 
 def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
     """Round ``x * 2^frac`` to the nearest word (ties to even), any shape.
@@ -24,15 +27,23 @@ def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
     """
     if x.device.type == "meta":
         return torch.empty(x.shape, dtype=ring.dtype, device="meta")
-    scaled = torch.round(x.detach().to(torch.float64) * 2.0**frac)
+    x = x.detach()
+    if x.dim() > 1 and not x.is_contiguous() and x.mT.is_contiguous():
+        return encode(x.mT, ring, frac).mT
+    words = torch.empty(x.shape, dtype=ring.dtype, device=x.device)
+    source, target = x.reshape(-1), words.reshape(-1)
     limit = 2.0 ** (ring.bits - 2)
-    if scaled.numel() and not bool((scaled.abs() < limit).all()):
-        raise RangeError(
-            f"a value does not fit {ring} with {frac} fraction bits (finite, "
-            f"|x| < 2^{ring.bits - 2 - frac}); "
-            "use fewer fraction bits or rescale the model"
-        )
-    return scaled.to(ring.dtype)
+    for start in range(0, source.numel(), _CHUNK):
+        scaled = source[start : start + _CHUNK].to(torch.float64, copy=True).mul_(2.0**frac).round_()
+        low, high = torch.aminmax(scaled)
+        if not (float(low) > -limit and float(high) < limit):  # neither holds for NaN
+            raise RangeError(
+                f"a value does not fit {ring} with {frac} fraction bits (finite, "
+                f"|x| < 2^{ring.bits - 2 - frac}); "
+                "use fewer fraction bits or rescale the model"
+            )
+        target[start : start + _CHUNK] = scaled
+    return words
 
 
 def encode_scalar(c: float, frac: int) -> int:

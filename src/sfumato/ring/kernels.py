@@ -15,9 +15,19 @@ from torch import Tensor
 
 __all__ = ["conv", "logical_shift_right", "matmul"]
 
+_FEW_ROWS, _LARGE = 256, 1 << 18
+
 
 @torch.library.custom_op("ring::matmul", mutates_args=(), device_types="cpu")
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if (
+        a.dim() == b.dim() == 2
+        and 1 < a.shape[0] <= _FEW_ROWS
+        and b.numel() >= _LARGE
+        and b.mT.is_contiguous()
+    ):
+        # torch repacks a transposed right operand anew for every few rows; as the left one it is read once.
+        return torch.matmul(b.mT, a.mT).mT.contiguous()
     return torch.matmul(a, b)
 
 

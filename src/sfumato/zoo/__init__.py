@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RECOMMENDED_GUIDANCE = 5.0
+RECOMMENDED_GUIDANCE = 4.0
 """Guidance scale at which the embedded model was measured (see its model card)."""
 
 
