@@ -206,7 +206,7 @@ def _run(plan: Plan, args: Any, kwargs: Mapping[str, Any], exact: Tensor, kind: 
         "kernel_bytes_per_party": list(after.kernel_bytes),
         "client_bytes": after.client_bytes,
         "setup_bytes": after.setup_bytes,
-        "peak_memory_per_party": list(after.peak_memory),
+        "peak_memory_per_party": watch.peak_resident,
         "peak_private_memory": watch.peak_private,
         "output_max": float(exact.abs().max()),
         **common.error_against(exact, found),

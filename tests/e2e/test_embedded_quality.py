@@ -11,12 +11,13 @@ from diffusers import StableDiffusionPipeline
 from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.judge import Judge, load_judge
 from sfumato.zoo.train.data import load_split
-from sfumato.zoo.train.evaluate import generate
+from sfumato.zoo.train.evaluate import draw
 
 JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
 SEEDS = range(4)
 
-pytestmark = pytest.mark.slow
+# Seconds on two idle cores; a loaded machine may take far longer.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,9 @@ def judge() -> Judge:
 def images() -> torch.Tensor:
     """Images (20, 4, 32, 32): four seeds of every class."""
     pipeline = StableDiffusionPipeline.from_pretrained(embedded_path(), local_files_only=True)
-    drawn = [generate(pipeline, label, SEEDS, RECOMMENDED_GUIDANCE) for label in range(20)]
-    return torch.stack(drawn)
+    pairs = [(label, seed) for label in range(20) for seed in SEEDS]
+    labels, seeds = map(list, zip(*pairs, strict=True))
+    return draw(pipeline, labels, seeds, RECOMMENDED_GUIDANCE).reshape(20, len(SEEDS), 32, 32)
 
 
 def test_classes_are_recognised(judge: Judge, images: torch.Tensor) -> None:

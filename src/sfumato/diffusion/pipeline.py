@@ -71,6 +71,8 @@ class SecurePipeline:
         self._plans: dict[Any, Plan] = {}
         self._digest: tuple[Any, str] = (None, "")
         self._progress: dict[str, Any] = {}
+        #: What party 0 sent of the latest result, as ring words: one uniform summand of three.
+        self.last_share: Tensor | None = None
         #: Set by a callback to stop after the current step.
         self.interrupt = False
 
@@ -293,6 +295,7 @@ class SecurePipeline:
 
         with bar:
             final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
+        self.last_share = backend.last_components[0]
         backend.check_ranges("unet")
         return final, backend.report(steps=denoising.seconds)
 

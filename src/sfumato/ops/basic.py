@@ -31,7 +31,20 @@ from sfumato.ring.fixed import encode
 from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
-__all__ = ["GAIN_FRAC", "Conv", "add", "conv", "gain_frac", "linear", "matmul", "mul", "neg", "scale", "square", "sub"]
+__all__ = [
+    "GAIN_FRAC",
+    "Conv",
+    "add",
+    "conv",
+    "gain_frac",
+    "linear",
+    "matmul",
+    "mul",
+    "neg",
+    "scale",
+    "square",
+    "sub",
+]
 
 #: Fraction bits of public factors (weights and constants) where the ring has room for them.
 GAIN_FRAC = 20

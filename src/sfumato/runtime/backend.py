@@ -66,6 +66,9 @@ class Backend(ABC):
     protocol: str
     device = "cpu"
 
+    #: What each party sent in the latest :meth:`reveal`: uniform words that add up to the value.
+    last_components: Sequence[Tensor] = ()
+
     def __init__(self, *, certify: bool = True) -> None:
         self._client_bytes = 0
         self._setup_bytes = 0
@@ -129,6 +132,7 @@ class Backend(ABC):
         """The value, in float64, at the client alone."""
         replies = self._command(Reveal(handle))
         components = [tensors[0] for _, tensors in replies]
+        self.last_components = components
         if self.device == "meta":
             return torch.zeros(components[0].shape, dtype=torch.float64)
         words = components[0] if len(components) == 1 else Rep3.combine(components, Z64)
@@ -319,7 +323,9 @@ class Lockstep(Backend):
             Scheduler(link, machine.perform(command, list(own)))
             for link, machine, own in zip(self._links, self._machines, attachments, strict=True)
         ]
-        return lockstep(tasks)
+        # Here and not in the coroutines: those are interleaved, and would leave the mode on.
+        with torch.inference_mode():
+            return lockstep(tasks)
 
     def call(
         self,

@@ -75,40 +75,40 @@ class PartyMachine:
             JobError: an unknown name or a value of the wrong type.
             LinkError: a peer is gone or silent.
         """
-        reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(
-            self._link, self.perform(command, attachments)
-        ).run(self._stall_s)
+        with torch.inference_mode():
+            reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(
+                self._link, self.perform(command, attachments)
+            ).run(self._stall_s)
         return reply
 
     async def perform(
         self, command: Command, attachments: list[Tensor]
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """The command as a coroutine for any driver: (reply fields, reply tensors)."""
-        with torch.inference_mode():
-            reply: tuple[dict[str, Any], list[Tensor]] = ({}, [])
-            match command:
-                case Load():
-                    self._load(command, attachments)
-                case Put():
-                    spec = WeightSpec(command.handle, command.ring, command.frac, command.shape)
-                    self._handles[command.handle] = self._received(spec, attachments)
-                case Call():
-                    await self._call(command)
-                case Affine():
-                    self._handles[command.handle] = await self._affine(command)
-                case Reveal():
-                    x = self._get(command.handle)
-                    self._reveals += 1
-                    session = self._root.fork(f"reveal{self._reveals}")
-                    reply = ({}, [self.protocol.summand(session, x)])
-                case Drop():
-                    self._get(command.handle)
-                    del self._handles[command.handle]
-                case Stats():
-                    reply = (self._stats(), [])
-                case _:
-                    raise JobError(f"a machine does not know the command {type(command).__name__}")
-            return reply
+        reply: tuple[dict[str, Any], list[Tensor]] = ({}, [])
+        match command:
+            case Load():
+                self._load(command, attachments)
+            case Put():
+                spec = WeightSpec(command.handle, command.ring, command.frac, command.shape)
+                self._handles[command.handle] = self._received(spec, attachments)
+            case Call():
+                await self._call(command)
+            case Affine():
+                self._handles[command.handle] = await self._affine(command)
+            case Reveal():
+                x = self._get(command.handle)
+                self._reveals += 1
+                session = self._root.fork(f"reveal{self._reveals}")
+                reply = ({}, [self.protocol.summand(session, x)])
+            case Drop():
+                self._get(command.handle)
+                del self._handles[command.handle]
+            case Stats():
+                reply = (self._stats(), [])
+            case _:
+                raise JobError(f"a machine does not know the command {type(command).__name__}")
+        return reply
 
     @property
     def clock(self) -> Clock:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["CostReport", "PathCost"]
+__all__ = ["CostReport", "PathCost", "readable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ class CostReport:
     def table(self, rows: int = 12, depth: int = 1) -> str:
         """A short text table: totals, then the most expensive paths."""
         lines = [
-            f"protocol {self.protocol}: {self.rounds:,} rounds, {_size(self.total_bytes)} between the parties "
-            f"({', '.join(f'P{i} {_size(b)}' for i, b in enumerate(self.bytes_sent))}), "
-            f"{_size(self.client_bytes)} with the client, {_size(self.setup_bytes)} of weights",
+            f"protocol {self.protocol}: {self.rounds:,} rounds, {readable(self.total_bytes)} between the parties "
+            f"({', '.join(f'P{i} {readable(b)}' for i, b in enumerate(self.bytes_sent))}), "
+            f"{readable(self.client_bytes)} with the client, {readable(self.setup_bytes)} of weights",
         ]
         if self.seconds is not None:
             lines.append(f"time {self.seconds:.2f} s" + _measured(self.cpu_seconds, self.peak_memory))
@@ -95,7 +95,7 @@ class CostReport:
         for path, cost in groups[:rows]:
             share = sum(cost.bytes_sent) / max(1, self.total_bytes)
             lines.append(
-                f"{path:<{width}}  {_size(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.sends):>8,}"
+                f"{path:<{width}}  {readable(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.sends):>8,}"
             )
         if len(groups) > rows:
             lines.append(f"and {len(groups) - rows} more paths")
@@ -110,11 +110,12 @@ def _measured(cpu: Sequence[float], memory: Sequence[int]) -> str:
     if cpu:
         text += f", CPU {sum(cpu):.1f} s over the parties"
     if memory:
-        text += f", peak memory {_size(max(memory))} a party"
+        text += f", peak memory {readable(max(memory))} a party"
     return text
 
 
-def _size(count: float) -> str:
+def readable(count: float) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

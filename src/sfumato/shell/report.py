@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from sfumato.graph.plan import Plan
-from sfumato.runtime.report import CostReport
+from sfumato.runtime.report import CostReport, readable
 
 __all__ = ["cost_table", "layer_bytes", "psnr", "readable", "save_bars", "save_panels", "write_page"]
 
@@ -28,15 +28,6 @@ _KINDS = {
     "gelu": "activation",
     "scaled_dot_product_attention": "attention",
 }
-
-
-def readable(count: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def psnr(image: NDArray[Any], reference: NDArray[Any]) -> float:

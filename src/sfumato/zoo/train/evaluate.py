@@ -34,17 +34,28 @@ def plain_prompt(label: int) -> str:
 
 
 @torch.no_grad()
-def generate(
-    pipeline: StableDiffusionPipeline, label: int, seeds: range, guidance: float, steps: int = STEPS
+def draw(
+    pipeline: StableDiffusionPipeline,
+    labels: list[int],
+    seeds: list[int],
+    guidance: float,
+    steps: int = STEPS,
 ) -> torch.Tensor:
-    """Images (N, 32, 32) in [0, 1] of one class, one per seed."""
+    """Images (N, 32, 32) in [0, 1], one per pair of class and seed."""
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    prompts = [plain_prompt(label)] * len(seeds)
     out = pipeline(
-        prompts, generator=generators, guidance_scale=guidance, num_inference_steps=steps, output_type="np"
+        [plain_prompt(label) for label in labels],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        output_type="np",
     )
     return torch.from_numpy(np.asarray(out.images)).reshape(len(seeds), 32, 32)
+
+
+def generate(pipeline: StableDiffusionPipeline, label: int, seeds: range, guidance: float) -> torch.Tensor:
+    """Images (N, 32, 32) in [0, 1] of one class, one per seed."""
+    return draw(pipeline, [label] * len(seeds), list(seeds), guidance)
 
 
 def _radii(points: torch.Tensor) -> torch.Tensor:
