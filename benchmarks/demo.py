@@ -29,7 +29,8 @@ from sfumato.zoo import RECOMMENDED_GUIDANCE
 RECORD, PAGE = common.RESULTS / "demo.json", common.RESULTS / "demo.md"
 PROMPTS = (
     "a handwritten seven", "the digit three", "a drawing of the digit eight", "handwritten zero",
-    "number five", "a hand drawn two", "a photo of a t-shirt", "a product photo of an ankle boot", "a picture of a handbag",
+    "number five", "a hand drawn two", "a photo of a t-shirt", "a product photo of an ankle boot",
+    "a picture of a handbag",
     "a photograph of trousers", "a nice dress", "a sneaker on a black background", "a grey pullover",
     "the figure nine",
 )  # fmt: skip
@@ -96,7 +97,10 @@ ledger counts: framing, TLS records, handshake.
 
 def page(record: Mapping[str, Any]) -> str:
     """The markdown page of a record."""
-    runs = record["runs"]
+    runs = [r for r in record["runs"] if "error" not in r]
+    failed = [
+        f"- Refused: {r['prompt']} (seed {r['seed']}): {r['error']}" for r in record["runs"] if "error" in r
+    ]
     header = [
         "prompt",
         "PSNR dB",
@@ -124,7 +128,7 @@ def page(record: Mapping[str, Any]) -> str:
         f"{sum(r['estimate_exact'] for r in runs)} of {len(runs)}."
     )
     table = common.markdown_table(header, rows)
-    return "\n".join([_TOP, common.machine_line(record["machine"]), "", summary, "", table, ""])
+    return "\n".join([_TOP, common.machine_line(record["machine"]), "", summary, "", table, "", *failed])
 
 
 def main() -> None:
@@ -142,7 +146,10 @@ def main() -> None:
     startup = startup_cpu(pipe, arguments)
     record: dict[str, Any] = {**arguments, "profile": args.profile, "machine": common.machine(), "runs": []}
     for seed, prompt in enumerate(PROMPTS[: args.prompts]):
-        own = one(pipe, prompt, seed, arguments, startup)
+        try:
+            own = one(pipe, prompt, seed, arguments, startup)
+        except sf.SfumatoError as error:
+            own = {"prompt": prompt, "seed": seed, "error": str(error)}
         print(json.dumps(own), flush=True)
         record["runs"].append(own)
         common.write_json(args.out, record)

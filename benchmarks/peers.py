@@ -156,10 +156,10 @@ parties, trusted first party) were measured: the same weights, the same inputs, 
 mutual TLS on one machine, profile `precise`. CPU seconds are the parties' own, median over the calls
 after a warm-up. CPU bound is max(largest party, sum / cores): the wall time of a quiet machine of two
 cores when the network costs nothing. Other jobs shared the machine, so compare CPU and bytes, not wall
-time. Bytes are the payload of all three parties together. Under each peer: how many times *its* CPU
-seconds (summed over its parties) and its bytes (summed) are ours; above 1 it takes more. `*`: measured
-on this machine beside ours; otherwise earlier, on a machine of the same kind. CrypTen's figures leave
-out the making of its triples.
+time. MB are the payload of all three parties together. Under each peer: how many times *its* CPU
+seconds and its bytes on the wire (each summed over its parties) are ours; above 1 it takes more. `*`:
+measured on this machine within the hour, as loaded as ours; otherwise earlier, on a machine of the same
+kind. CrypTen's figures leave out the making of its triples.
 """
 
 
@@ -182,9 +182,11 @@ def _row(own: Mapping[str, Any], peers: Mapping[tuple[str, str, str], Mapping[st
 
 
 def ratios(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[float, float]:
-    """(CPU, bytes) of the peer over ours, summed over parties."""
+    """(CPU, bytes that the kernel sent) of the peer over ours, summed over parties."""
     cpu = sum(theirs["cpu_s_per_party"]) / sum(own["cpu_s_per_party"])
-    return cpu, sum(theirs["tcp_sent_per_party"]) / sum(own["bytes_per_party"])
+    return cpu, sum(theirs["tcp_sent_per_party"]) / sum(
+        own["kernel_bytes_per_party"] or own["bytes_per_party"]
+    )
 
 
 def _verdict(record: Mapping[str, Any], peers: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> str:
@@ -207,7 +209,7 @@ def _verdict(record: Mapping[str, Any], peers: Mapping[tuple[str, str, str], Map
 def _ops(record: Mapping[str, Any]) -> str:
     lines = ["## Where the bytes go", ""]
     for own in record["cases"]:
-        if len(own["by_op"]) < 2:
+        if len(own["by_op"]) < 3:
             continue
         total = sum(own["by_op"].values())
         parts = [f"{op} {sent / total:.0%}" for op, sent in list(own["by_op"].items())[:6]]

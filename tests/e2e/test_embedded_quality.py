@@ -15,6 +15,7 @@ from sfumato.zoo.train.evaluate import draw
 
 JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
 SEEDS = range(4)
+SHIRT = 16
 
 # Seconds on two idle cores; a loaded machine may take far longer.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -27,9 +28,13 @@ def judge() -> Judge:
 
 
 @pytest.fixture(scope="module")
-def images() -> torch.Tensor:
+def pipeline() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(embedded_path(), local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def images(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     """Images (20, 4, 32, 32): four seeds of every class."""
-    pipeline = StableDiffusionPipeline.from_pretrained(embedded_path(), local_files_only=True)
     pairs = [(label, seed) for label in range(20) for seed in SEEDS]
     labels, seeds = map(list, zip(*pairs, strict=True))
     return draw(pipeline, labels, seeds, RECOMMENDED_GUIDANCE).reshape(20, len(SEEDS), 32, 32)
@@ -39,9 +44,17 @@ def test_classes_are_recognised(judge: Judge, images: torch.Tensor) -> None:
     said = judge.classify(images.flatten(0, 1)).reshape(20, len(SEEDS))
     right = (said == torch.arange(20)[:, None]).float()
     print("right of 4, by class:", right.sum(1).int().tolist())
-    assert right[:10].mean() >= 0.92
-    assert right[10:].mean() >= 0.80
-    assert (right.sum(1) >= 2).all()
+    assert right[:10].mean() >= 0.95
+    assert right[10:].mean() >= 0.85
+    others = torch.arange(20) != SHIRT
+    assert (right.sum(1)[others] >= 3).all()
+
+
+def test_shirts_are_recognised(judge: Judge, pipeline: StableDiffusionPipeline) -> None:
+    """Shirts are the weakest class by far: four images say little of it (one of seeds 0 to 3 is right)."""
+    said = judge.classify(draw(pipeline, [SHIRT] * 100, list(range(100)), RECOMMENDED_GUIDANCE))
+    print(f"shirts: {int((said == SHIRT).sum())} of 100")
+    assert int((said == SHIRT).sum()) >= 70
 
 
 def test_seeds_give_different_images(images: torch.Tensor) -> None:
