@@ -36,7 +36,7 @@ def train_vae(data: Path, out: Path, minutes: float) -> AutoencoderKL:
     average = run("vae", vae, step, out / "vae.ckpt", minutes, peak=2e-3, decay=0.995)
     vae.load_state_dict(average.state)
     vae.eval()
-    sample = to_signed(split.images[:: len(split.labels) // 4000])
+    sample = to_signed(split.images[:: max(1, len(split.labels) // 4000)])
     with torch.no_grad():
         latents = vae.encode(sample).latent_dist.mode()
         error = functional.mse_loss(vae.decode(latents).sample.clamp(-1, 1), sample)
