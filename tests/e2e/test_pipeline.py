@@ -188,7 +188,7 @@ def test_calibration_is_kept(pipe: SecurePipeline, folder: Path, monkeypatch: py
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("sfumato.diffusion.pipeline.trajectories", never)
+    monkeypatch.setattr("sfumato.diffusion.plans.trajectories", never)
     assert opened(folder).plan(**arguments()).digest() == plan.digest()
 
 
@@ -208,7 +208,7 @@ def test_refusals_come_before_work(
         raise AssertionError("work began")
 
     monkeypatch.setattr("sfumato.diffusion.pipeline.open_backend", never)
-    monkeypatch.setattr("sfumato.diffusion.pipeline.capture", never)
+    monkeypatch.setattr("sfumato.diffusion.plans.capture", never)
     with pytest.raises(JobError, match=words) as caught:
         pipe(**arguments(**given))
     assert "\n" not in str(caught.value)
@@ -226,18 +226,6 @@ def test_interrupt_ends_early(pipe: SecurePipeline) -> None:
     assert steps == [0]
     assert len(output.report.steps) == 1
     assert bool(output.images.isfinite().all())
-
-
-def test_secret_weights(folder: Path) -> None:
-    with pytest.raises(JobError, match="public_components"):
-        opened(folder, secret="inputs+weights")
-    with pytest.raises(JobError, match="no component 'unet'"):
-        opened(folder, secret="inputs+weights", public_components=("unet",))
-    pipe = opened(folder, secret="inputs+weights", public_components=("text_encoder", "vae"))
-    given = arguments(num_inference_steps=1)
-    output = pipe(**given, generator=seeded())
-    assert off(output.images, pipe.plain(**given, generator=seeded()).images) < CLOSE
-    assert pipe.estimate(**given).same_cost(output.report)
 
 
 def test_clipping_schedulers_are_refused_with_advice(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from sfumato.diffusion.schedule import Schedule, probe_schedule
 from sfumato.errors import CaptureError
 from sfumato.graph.calibrate import Calibration
 
-__all__ = ["PROMPTS", "cache_file", "load_cached", "save_cached", "trajectories"]
+__all__ = [
+    "PROMPTS",
+    "Trajectories",
+    "cache_file",
+    "decoder_samples",
+    "load_cached",
+    "save_cached",
+    "trajectories",
+]
 
 #: Various, and short enough for small text encoders.
 PROMPTS = (
@@ -39,12 +47,19 @@ _BUDGET_S = 60.0
 _SAMPLES = 96
 _RUNS = 32
 _SHORTEST = 4
-_FORMAT = 1
+_FORMAT = 2
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
 
-def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> list[Sample]:
+class Trajectories(NamedTuple):
+    """``samples``: arguments of the denoiser; ``finals``: the latents at the end of each trajectory."""
+
+    samples: list[Sample]
+    finals: list[Tensor]
+
+
+def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> Trajectories:
     """Arguments of the denoiser along plain trajectories: all timesteps, eight prompts, several noises.
 
     Slow models get fewer prompts, then shorter trajectories. The caller's own prompt is not used: ranges
@@ -60,15 +75,24 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
     runs = max(1, min(wanted, int(_BUDGET_S / (3 * steps * one_s))))
     kept = max(2, min(steps, _SAMPLES // runs))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
-    samples: list[Sample] = []
+    found = Trajectories([], [])
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
             start = _sample(pipe, prepared, run)
-            for k, sample in enumerate(_trajectory(denoiser, prepared, start)):
+            for k, sample in enumerate(_trajectory(denoiser, prepared, start, found.finals)):
                 if k in recorded:
-                    samples.append(sample)
+                    found.samples.append(sample)
                 bar.update()
-    return samples
+    return found
+
+
+def decoder_samples(vae: Any, finals: list[Tensor]) -> list[tuple[tuple[Tensor], dict[str, Any]]]:
+    """Arguments of the image decoder: so many of the last latents as there is time for."""
+    weights = sum(p.numel() for p in vae.decoder.parameters())
+    pixels = finals[0].shape[0] * finals[0].shape[-2] * finals[0].shape[-1]
+    # Most of a decoder works at several times the latents' resolution.
+    one_s = max(0.005, 12 * weights * pixels / 40e9)
+    return [((latents,), {}) for latents in finals[: max(1, int(_BUDGET_S / (3 * one_s)))]]
 
 
 def _seconds(denoiser: Denoiser, prepared: Prepared) -> float:
@@ -91,8 +115,11 @@ def _sample(pipe: Any, prepared: Prepared, run: int) -> Sample:
     return (latents,), call_kwargs(schedule.timesteps[0], text.detach(), prepared.condition)
 
 
-def _trajectory(denoiser: Denoiser, prepared: Prepared, start: Sample) -> Iterator[Sample]:
-    """The float trajectory of one start, step by step, in the scale that the model sees."""
+def _trajectory(
+    denoiser: Denoiser, prepared: Prepared, start: Sample, finals: list[Tensor]
+) -> Iterator[Sample]:
+    """The float trajectory of one start, step by step, in the scale that the model sees; its end goes to
+    ``finals``."""
     schedule: Schedule = prepared.schedule.in_input_scale()
     guidance, (latents,) = prepared.request.guidance_scale, start[0]
     source = torch.Generator().manual_seed(1)
@@ -114,18 +141,35 @@ def _trajectory(denoiser: Denoiser, prepared: Prepared, start: Sample) -> Iterat
         if step.noise:
             following = following + step.noise * torch.randn(latents.shape, generator=source)
         samples.append(following)
+    finals.append(samples[-1])
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_file(weights: str, prepared: Prepared, profile: str, secret: str) -> Path:
-    """Where the ranges of a model (by the digest of its weights) for these settings are kept."""
+def cache_file(weights: str, prepared: Prepared, profile: str, secret: str, part: str = "unet") -> Path:
+    """Where the ranges of one part of a model (by the digest of its weights) for these settings are kept."""
+    own = _of_text(prepared) if part == "text" else _of_denoising(prepared)
+    settings = {"format": _FORMAT, "release": _release(), "weights": weights, **own}
+    settings |= {"profile": profile, "secret": secret, "part": part}
+    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "calibration"
+    return folder / f"{name}.json"
+
+
+def _of_text(prepared: Prepared) -> dict[str, Any]:
+    request, ids = prepared.request, prepared.ids
+    return {
+        "ids": None if ids is None else list(ids.shape),
+        "guided": prepared.guided,
+        "clip_skip": request.clip_skip,
+        "repeats": request.num_images_per_prompt,
+    }
+
+
+def _of_denoising(prepared: Prepared) -> dict[str, Any]:
     schedule = prepared.schedule
-    settings = {
-        "format": _FORMAT,
-        "release": _release(),
-        "weights": weights,
+    return {
         "shape": list(prepared.latents.shape),
         "guidance": prepared.request.guidance_scale
         if prepared.guided or prepared.condition is not None
@@ -134,12 +178,7 @@ def cache_file(weights: str, prepared: Prepared, profile: str, secret: str) -> P
             [s.timestep, s.input_scale, *s.samples.items(), *s.outputs.items(), s.noise]
             for s in schedule.steps
         ],
-        "profile": profile,
-        "secret": secret,
     }
-    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "calibration"
-    return folder / f"{name}.json"
 
 
 def load_cached(path: Path) -> Calibration | None:

@@ -42,15 +42,15 @@ def guided_terms(handle: str, coefficient: float, batch: int, guidance: float | 
 class Denoising:
     """One run of a schedule in one session of the parties.
 
-    ``guidance``: None where the plan's batch is that of the latents. Values of the client (text keys and
-    values) are
-    shared when they change, so once.
+    ``guidance``: None where the plan's batch is that of the latents. ``embeds``: the text's embeddings, or the
+    handle under which the parties hold them. Values of the client (text keys and values) are shared when they
+    change, so once.
     """
 
     backend: Backend
     plan: Plan
     schedule: Schedule
-    embeds: Tensor
+    embeds: Tensor | str
     condition: Tensor | None
     guidance: float | None
     generator: Generators = None
@@ -65,6 +65,22 @@ class Denoising:
 
         ``stop()`` is asked after each step and ends the run early.
         """
+        return self._open(*self._steps(latents, observe, stop))
+
+    def run_held(
+        self, latents: Tensor, observe: Observe | None = None, stop: Callable[[], bool] | None = None
+    ) -> str:
+        """The same, with the last latents left at the parties: their handle."""
+        handle, k = self._steps(latents, observe, stop)
+        if self._scale(k) == 1.0:
+            return handle
+        self.backend.affine("latents", [Term(handle, 1.0 / self._scale(k))], "latents")
+        return "latents"
+
+    def _steps(
+        self, latents: Tensor, observe: Observe | None, stop: Callable[[], bool] | None
+    ) -> tuple[str, int]:
+        """Handle of the last latents, in the scale that a model would see, and how many steps were done."""
         schedule = self.schedule.in_input_scale()
         shape, batch = tuple(latents.shape), latents.shape[0]
         samples = {0: self._share("sample0", latents.to(torch.float64) * self._scale(0))}
@@ -88,8 +104,8 @@ class Denoising:
             if observe is not None:
                 self._observed(observe, k, samples)
             if stop is not None and stop():
-                return self._open(samples[k + 1], k + 1)
-        return self._open(samples[len(schedule.steps)], len(schedule.steps))
+                return samples[k + 1], k + 1
+        return samples[len(schedule.steps)], len(schedule.steps)
 
     def _scale(self, k: int) -> float:
         steps = self.schedule.steps
@@ -106,9 +122,12 @@ class Denoising:
         self, timestep: Tensor, sample: str, shape: tuple[int, ...]
     ) -> tuple[dict[str, str], Mapping[str, Tensor]]:
         """Handles by input name, and the public values of this step."""
-        kwargs = call_kwargs(timestep, self.embeds, self.condition)
-        values = client_side(self.plan, (torch.zeros(shape),), kwargs, held=("sample",))
-        inputs = {"sample": sample}
+        inputs, embeds = {"sample": sample}, self.embeds
+        if isinstance(embeds, str):
+            inputs["encoder_hidden_states"] = embeds
+            embeds = torch.zeros(self.plan.program.types["encoder_hidden_states"][0])
+        kwargs = call_kwargs(timestep, embeds, self.condition)
+        values = client_side(self.plan, (torch.zeros(shape),), kwargs, held=tuple(inputs))
         for name, tensor in values.secrets.items():
             known = self._put.get(name)
             if known is None or not torch.equal(known[1], tensor):

@@ -13,22 +13,22 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.diffusion.calibrate import cache_file, load_cached, save_cached, trajectories
-from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import check_pipeline, load_pipeline, weights_digest
-from sfumato.diffusion.loop import Denoising, call_kwargs
+from sfumato.diffusion.loading import check_pipeline, load_pipeline
+from sfumato.diffusion.loop import Denoising
+from sfumato.diffusion.parts import decoded, encoded
+from sfumato.diffusion.plans import Planner
 from sfumato.diffusion.request import Prepared, Request, prepare
 from sfumato.errors import JobError
-from sfumato.graph.capture import capture
 from sfumato.graph.places import SECRETS
-from sfumato.graph.plan import PROFILES, Plan, make_plan
+from sfumato.graph.plan import PROFILES, Plan
 from sfumato.runtime.backend import Backend, open_backend
 from sfumato.runtime.report import CostReport
 
 __all__ = ["SecureOutput", "SecurePipeline"]
 
 _BACKENDS = ("local", "simulate", "plain")
-_AT_CLIENT = {"text_encoder", "vae"}
+#: What runs at the client in clear, unless weights are secret.
+_AT_CLIENT = frozenset(("text_encoder", "vae"))
 
 
 @dataclass
@@ -44,9 +44,14 @@ class SecurePipeline:
     """Text to image under MPC. Make one with `from_pretrained`, call it as a diffusers pipeline.
 
     The client encodes the prompt, draws the noise and decodes the image, all in clear at its side. The three
-    parties
-    run the U-Net and the scheduler on shares: they learn shapes, the number of steps, the timesteps and the
-    guidance weight.
+    parties run the U-Net and the scheduler on shares: they learn shapes, the number of steps, the timesteps and
+    the guidance weight.
+
+    With ``secret="inputs+weights"`` the parties hold the weights as shares, too, and run the text encoder and the
+    image decoder as well: the client shares its tokens and noise, and what is opened to it is the image alone
+    (or the latents, with ``output_type="latent"``). The tokenizer, the scheduler and a safety checker stay at the
+    client. Components named in ``public_components`` are in clear at the client, as they are with public weights;
+    embeddings that the caller gives are the client's own values.
     """
 
     def __init__(
@@ -67,9 +72,10 @@ class SecurePipeline:
         self.secret, self.profile, self.backend = secret, profile, backend
         self.cluster, self.keys = cluster, keys
         self.options = dict(options or {})
-        self._calibration = calibration
-        self._plans: dict[Any, Plan] = {}
-        self._digest: tuple[Any, str] = (None, "")
+        self._hidden = frozenset() if secret == "inputs" else _AT_CLIENT - set(public_components)
+        self._planner = Planner(
+            self._pipe, secret=secret, profile=profile, calibration=calibration, hidden=self._hidden
+        )
         self._progress: dict[str, Any] = {}
         #: What party 0 sent of the latest result, as ring words: one uniform summand of three.
         self.last_share: Tensor | None = None
@@ -96,15 +102,16 @@ class SecurePipeline:
         Args:
             path_or_id: what to load; ``loading`` (``variant``, ``revision``, ``scheduler``, ...) goes to
             diffusers.
-            secret: ``"inputs"`` (prompt, noise, image) or ``"inputs+weights"`` (the U-Net's weights as well).
+            secret: ``"inputs"`` (prompt, noise, image) or ``"inputs+weights"`` (the weights of text encoder,
+                U-Net and image decoder as well).
             profile: how non-linear functions are computed: ``"precise"``, ``"fast"``, or a paper's name.
             cluster: a cluster file of three real parties; ``keys`` the folder of the client's certificate.
             backend: ``"local"`` (three processes over mutual TLS), ``"simulate"`` (one thread), ``"plain"``.
-            calibration: ranges to use; by default they are measured in the clear on built-in prompts, and
-            cached.
+            calibration: ranges of the U-Net to use; by default they are measured in the clear on built-in
+                prompts, and cached, as those of the other components always are.
             options: of the protocol, passed to the parties.
-            public_components: with secret weights, what may nevertheless run at the client in clear: today
-                ``("text_encoder", "vae")``, both of them.
+            public_components: with secret weights, what may nevertheless run at the client in clear:
+                ``"text_encoder"``, ``"vae"``, or both.
 
         Raises:
             JobError: one sentence on what cannot be loaded or is not served.
@@ -177,14 +184,14 @@ class SecurePipeline:
                 **more,
             }
         )
-        prepared = prepare(self._pipe, request)
+        prepared = self._prepared(request)
         # Local parties need seconds to start: they do it while the plan is made.
         with open_backend(
             self.backend, cluster=self.cluster, keys=self.keys, options={**self.options}
         ) as backend:
-            plan = self.plan_for(prepared)
-            final, report = self._run(backend, plan, prepared)
-        images, flagged = self._decoded(final, request)
+            plans = self.plans_for(prepared)
+            final, report = self._run(backend, plans, prepared)
+        images, flagged = self._images(final, request, decoded="vae" in plans)
         return (
             SecureOutput(images=images, report=report, nsfw_content_detected=flagged)
             if return_dict
@@ -200,14 +207,19 @@ class SecurePipeline:
 
         Values of the client do not matter, only how many prompts and steps there are.
         """
-        prepared = prepare(self._pipe, Request.of({"prompt": prompt, **arguments}))
-        plan = self.plan_for(prepared)
+        prepared = self._prepared(Request.of({"prompt": prompt, **arguments}))
+        plans = self.plans_for(prepared)
         with open_backend("meta", options={**self.options}) as backend:
-            return self._run(backend, plan, prepared, silent=True)[1]
+            return self._run(backend, plans, prepared, silent=True)[1]
 
     def plan(self, prompt: str | list[str] = "", **arguments: Any) -> Plan:
-        """The plan that a call with these arguments uses; ``print`` it to see what runs where."""
-        return self.plan_for(prepare(self._pipe, Request.of({"prompt": prompt, **arguments})))
+        """The U-Net's plan in a call with these arguments; ``print`` it to see what runs where."""
+        return self.plans(prompt, **arguments)["unet"]
+
+    def plans(self, prompt: str | list[str] = "", **arguments: Any) -> dict[str, Plan]:
+        """All plans of a call with these arguments: ``"unet"``, and with secret weights ``"text"`` and
+        ``"vae"``."""
+        return self.plans_for(self._prepared(Request.of({"prompt": prompt, **arguments})))
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the progress bar (tqdm's): ``disable=True`` silences it."""
@@ -231,61 +243,33 @@ class SecurePipeline:
 
     # ---- how -----------------------------------------------------------------------------------------------
 
-    def plan_for(self, prepared: Prepared) -> Plan:
-        """The plan of a prepared request, from this object or made now (captured, calibrated, checked)."""
-        condition = prepared.condition
-        cached = cache_file(self._weights(), prepared, self.profile, self.secret)
-        if cached.name in self._plans:
-            return self._plans[cached.name]
-        denoiser = Denoiser(self._pipe.unet, guided=prepared.guided).eval()
-        sample = torch.zeros_like(prepared.latents)
-        kwargs = call_kwargs(prepared.schedule.timesteps[0], torch.zeros_like(prepared.embeds), condition)
-        program = capture(denoiser, (sample,), kwargs)
-        calibration: Any = self._calibration or load_cached(cached)
-        measured = calibration is None
-        if measured:
-            calibration = trajectories(
-                self._pipe, denoiser, prepared, progress=not self._progress.get("disable")
-            )
-        plan = make_plan(
-            program,
-            secret=self.secret,
-            public=() if condition is None else ("timestep_cond",),
-            client_known=("encoder_hidden_states",),
-            profile=self.profile,
-            calibration=calibration,
-        )
-        if measured:
-            save_cached(cached, plan.calibration)
-        self._plans[cached.name] = plan
-        return plan
+    def plans_for(self, prepared: Prepared) -> dict[str, Plan]:
+        """The plans of a prepared request, from this object or made now (captured, calibrated, checked)."""
+        return self._planner.plans(prepared, progress=not self._progress.get("disable"))
 
-    def _weights(self) -> str:
-        """Digest of the weights that ranges depend on, computed again when they change."""
-        modules = (self._pipe.unet, self._pipe.text_encoder)
-        state = tuple(
-            (id(p), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()
-        )
-        if self._digest[0] != state:
-            self._digest = state, weights_digest(*modules)
-        return self._digest[1]
+    def _prepared(self, request: Request) -> Prepared:
+        return prepare(self._pipe, request, encode="text_encoder" not in self._hidden)
 
     def _run(
-        self, backend: Backend, plan: Plan, prepared: Prepared, *, silent: bool = False
+        self, backend: Backend, plans: dict[str, Plan], prepared: Prepared, *, silent: bool = False
     ) -> tuple[Tensor, CostReport]:
-        """The latents at the end, and the report of the session."""
+        """The image if there is a plan for its decoder, else the latents at the end; and the session's report."""
         request, steps = prepared.request, prepared.schedule.timesteps
+        for name, plan in plans.items():
+            backend.load(name, plan)
+        backend.start_clock()
+        embeds: Tensor | str = prepared.embeds
+        if prepared.ids is not None:
+            embeds = encoded(backend, plans["text"], prepared.ids)
         denoising = Denoising(
             backend,
-            plan,
+            plans["unet"],
             prepared.schedule,
-            prepared.embeds,
+            embeds,
             prepared.condition,
             request.guidance_scale if prepared.guided else None,
             None if silent else request.generator,
         )
-        backend.load("unet", plan)
-        backend.start_clock()
         self.interrupt = False
         bar = tqdm(total=len(steps), **{"disable": silent, "delay": 2.0, **self._progress})
 
@@ -294,9 +278,15 @@ class SecurePipeline:
             return self._callback(request, k, steps[k], latents, silent=silent)
 
         with bar:
-            final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
+            if "vae" in plans:
+                held = denoising.run_held(prepared.latents, observe, lambda: self.interrupt)
+                final = decoded(backend, plans["vae"], held, tuple(prepared.latents.shape))
+            else:
+                final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
         self.last_share = backend.last_components[0]
-        backend.check_ranges("unet")
+        for name in plans:
+            if name != "text":  # checked before the steps
+                backend.check_ranges(name)
         return final, backend.report(steps=denoising.seconds)
 
     def _callback(
@@ -314,16 +304,18 @@ class SecurePipeline:
         changed = returned.get("latents")
         return None if changed is None or changed is asked.get("latents") else changed
 
-    def _decoded(self, latents: Tensor, request: Request) -> tuple[Any, Any]:
-        """Images from latents, in the clear at the client: diffusers' own decoder, safety checker and
-        conversion."""
-        pipe, latents = self._pipe, latents.to(torch.float32)
+    def _images(self, final: Tensor, request: Request, *, decoded: bool) -> tuple[Any, Any]:
+        """Images from latents, or from what the parties ``decoded``, in the clear at the client: diffusers' own
+        decoder, safety checker and conversion."""
+        pipe, final = self._pipe, final.to(torch.float32)
         if request.output_type == "latent":
-            return latents, None
+            return final, None
         with torch.no_grad():
-            image = pipe.vae.decode(
-                latents / pipe.vae.config.scaling_factor, return_dict=False, generator=request.generator
-            )[0]
+            image = final
+            if not decoded:
+                image = pipe.vae.decode(
+                    final / pipe.vae.config.scaling_factor, return_dict=False, generator=request.generator
+                )[0]
             image, flagged = pipe.run_safety_checker(image, torch.device("cpu"), torch.float32)
         keep = [True] * image.shape[0] if flagged is None else [not bad for bad in flagged]
         return pipe.image_processor.postprocess(
@@ -343,9 +335,4 @@ def _check_options(secret: str, profile: str, backend: str, public_components: S
     if unknown:
         raise JobError(
             f"there is no component {unknown[0]!r} to make public; use {', '.join(sorted(_AT_CLIENT))}"
-        )
-    if secret != "inputs" and set(public_components) != _AT_CLIENT:
-        raise JobError(
-            "with secret weights the text encoder and the image decoder still run at the client in clear; "
-            "allow it with public_components=('text_encoder', 'vae')"
         )

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from sfumato.diffusion.parts import listening
 from sfumato.diffusion.schedule import Schedule, probe_schedule
 from sfumato.errors import JobError
 
@@ -98,7 +99,11 @@ class Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A request made concrete. ``schedule`` is in the scheduler's own scale, ``latents`` include its first
-    sigma."""
+    sigma.
+
+    ``ids``: the texts' tokens where the text encoder runs under the protocol, unconditional half first;
+    ``embeds`` are then zeros of the right shape.
+    """
 
     request: Request
     schedule: Schedule
@@ -106,14 +111,17 @@ class Prepared:
     latents: Tensor
     embeds: Tensor
     condition: Tensor | None
+    ids: Tensor | None = None
 
     @property
     def batch(self) -> int:
         return self.latents.shape[0]
 
 
-def prepare(pipe: Any, request: Request) -> Prepared:
+def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     """Check against the model, encode the prompt and draw the first latents, exactly as diffusers does.
+
+    With ``encode=False`` the prompt is only made tokens.
 
     Raises:
         JobError: one sentence on the argument that does not fit.
@@ -141,8 +149,26 @@ def prepare(pipe: Any, request: Request) -> Prepared:
     distilled = pipe.unet.config.time_cond_proj_dim
     guided = request.guidance_scale > 1 and distilled is None
     batch = request.prompts * request.num_images_per_prompt
+    embeds, ids = _text(pipe, request, guided, encode=encode)
+    factor = pipe.vae_scale_factor
+    shape = (batch, pipe.unet.config.in_channels, height // factor, width // factor)
+    latents = _latents(request, shape)
+    return Prepared(
+        request=request,
+        schedule=schedule,
+        guided=guided,
+        latents=latents * schedule.init_sigma,
+        embeds=embeds,
+        condition=_guidance_embedding(pipe, request, batch) if distilled else None,
+        ids=ids,
+    )
+
+
+def _text(pipe: Any, request: Request, guided: bool, *, encode: bool) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of all texts, or zeros and the token ids; the caller's own embeddings are never encoded."""
+    encoder, heard = (pipe, []) if encode or pipe.text_encoder is None else listening(pipe)
     try:
-        embeds, negative = pipe.encode_prompt(
+        embeds, negative = encoder.encode_prompt(
             request.prompt,
             torch.device("cpu"),
             request.num_images_per_prompt,
@@ -152,19 +178,18 @@ def prepare(pipe: Any, request: Request) -> Prepared:
             negative_prompt_embeds=request.negative_prompt_embeds,
             clip_skip=request.clip_skip,
         )
+    except IndexError:
+        raise JobError(f"clip_skip={request.clip_skip} is more than this text encoder has layers") from None
     except (ValueError, TypeError) as error:
         raise JobError(str(error).strip().splitlines()[0]) from None
-    factor = pipe.vae_scale_factor
-    shape = (batch, pipe.unet.config.in_channels, height // factor, width // factor)
-    latents = _latents(request, shape)
-    return Prepared(
-        request=request,
-        schedule=schedule,
-        guided=guided,
-        latents=latents * schedule.init_sigma,
-        embeds=(torch.cat([negative, embeds]) if guided else embeds).detach(),
-        condition=_guidance_embedding(pipe, request, batch) if distilled else None,
-    )
+    embeds = (torch.cat([negative, embeds]) if guided else embeds).detach()
+    if not heard:
+        return embeds, None
+    if len(heard) != (2 if guided else 1):
+        raise JobError(
+            "with a secret text encoder give prompt_embeds and negative_prompt_embeds both, or neither of them"
+        )
+    return embeds, torch.cat(heard[::-1])
 
 
 def _latents(request: Request, shape: tuple[int, ...]) -> Tensor:
