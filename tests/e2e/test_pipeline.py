@@ -9,63 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.errors import JobError
-from sfumato.zoo.train.build import make_scheduler, make_text_encoder, save_pipeline
-from sfumato.zoo.train.prompts import make_tokenizer
+from sfumato.zoo.train.build import save_pipeline
 
 # numpy's, about conversions inside diffusers' own set_timesteps.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 STEPS = 2
 #: The fixed point has 18 fraction bits; a random network of two steps keeps more than half of them.
 CLOSE = 2e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    made = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=8,
-        ),
-        text_encoder=make_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(8, 8),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=64,
-            attention_head_dim=2,
-        ),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def folder(tiny_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("tiny")
-    save_pipeline(made, where)
+    save_pipeline(tiny_pipeline, where)
     return where
 
 

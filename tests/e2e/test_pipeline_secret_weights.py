@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from sfumato.diffusion.parts import TextEncoder
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.errors import JobError
 from sfumato.graph.places import Place
-from sfumato.zoo.train.build import make_scheduler, make_text_encoder
-from sfumato.zoo.train.prompts import make_tokenizer
 
 # numpy's, about conversions inside diffusers' own set_timesteps.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 STEPS = 2
 #: dB over the image's range, against float32.
@@ -27,56 +28,17 @@ CLOSE = 40.0
 CLOSE_LATENTS = 4e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def plain() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=8,
-        ),
-        text_encoder=make_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(8, 8),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=64,
-            attention_head_dim=2,
-        ),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def opened(tiny_pipeline: StableDiffusionPipeline, **options: Any) -> SecurePipeline:
+    made = SecurePipeline.from_pipe(
+        tiny_pipeline, **{"secret": "inputs+weights", "backend": "simulate", **options}
     )
-
-
-def opened(plain: StableDiffusionPipeline, **options: Any) -> SecurePipeline:
-    made = SecurePipeline.from_pipe(plain, **{"secret": "inputs+weights", "backend": "simulate", **options})
     made.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.fixture(scope="module")
-def pipe(plain: StableDiffusionPipeline) -> SecurePipeline:
-    return opened(plain)
+def pipe(tiny_pipeline: StableDiffusionPipeline) -> SecurePipeline:
+    return opened(tiny_pipeline)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -135,8 +97,8 @@ def test_every_weight_and_all_embeddings_are_secret(pipe: SecurePipeline) -> Non
         assert plans["text"].secret_type(name).frac == 0, "tokens alone"
 
 
-def test_latents_a_batch_and_no_guidance(plain: StableDiffusionPipeline) -> None:
-    pipe = opened(plain, backend="plain")
+def test_latents_a_batch_and_no_guidance(tiny_pipeline: StableDiffusionPipeline) -> None:
+    pipe = opened(tiny_pipeline, backend="plain")
     given = arguments(
         prompt=["a sneaker", "the number 0"],
         num_images_per_prompt=2,
@@ -148,8 +110,8 @@ def test_latents_a_batch_and_no_guidance(plain: StableDiffusionPipeline) -> None
     assert not any(path.startswith("/vae") for path in output.report.by_path)
 
 
-def test_own_embeddings_are_client_values(plain: StableDiffusionPipeline) -> None:
-    pipe = opened(plain, backend="plain")
+def test_own_embeddings_are_client_values(tiny_pipeline: StableDiffusionPipeline) -> None:
+    pipe = opened(tiny_pipeline, backend="plain")
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt("a small dress", torch.device("cpu"), 1, True)
     given = arguments(
@@ -162,10 +124,10 @@ def test_own_embeddings_are_client_values(plain: StableDiffusionPipeline) -> Non
         pipe(**arguments(prompt=None, prompt_embeds=embeds))
 
 
-def test_an_interrupted_run_of_a_scaling_scheduler(plain: StableDiffusionPipeline) -> None:
+def test_an_interrupted_run_of_a_scaling_scheduler(tiny_pipeline: StableDiffusionPipeline) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    pipe = opened(plain, public_components=("text_encoder",), backend="plain")
+    pipe = opened(tiny_pipeline, public_components=("text_encoder",), backend="plain")
     kept = pipe.scheduler
     pipe.scheduler = EulerDiscreteScheduler.from_config(kept.config)
     seen: list[Tensor] = []
@@ -191,8 +153,8 @@ def test_an_interrupted_run_of_a_scaling_scheduler(plain: StableDiffusionPipelin
 
 
 @pytest.mark.parametrize("public", [("text_encoder", "vae"), ("text_encoder",), ("vae",)])
-def test_public_components(plain: StableDiffusionPipeline, public: tuple[str, ...]) -> None:
-    pipe = opened(plain, public_components=public)
+def test_public_components(tiny_pipeline: StableDiffusionPipeline, public: tuple[str, ...]) -> None:
+    pipe = opened(tiny_pipeline, public_components=public)
     given = arguments(num_inference_steps=1)
     output = pipe(**given, generator=seeded())
     assert psnr(output.images, pipe.plain(**given, generator=seeded()).images) > CLOSE
@@ -202,13 +164,13 @@ def test_public_components(plain: StableDiffusionPipeline, public: tuple[str, ..
     assert ("vae" in calls) == ("vae" not in public)
 
 
-def test_unknown_components_are_refused(plain: StableDiffusionPipeline) -> None:
+def test_unknown_components_are_refused(tiny_pipeline: StableDiffusionPipeline) -> None:
     with pytest.raises(JobError, match="no component 'unet'"):
-        opened(plain, public_components=("unet",))
+        opened(tiny_pipeline, public_components=("unet",))
 
 
 def test_calibration_is_kept(
-    pipe: SecurePipeline, plain: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: SecurePipeline, tiny_pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = pipe.plans(**arguments())
 
@@ -217,7 +179,7 @@ def test_calibration_is_kept(
 
     monkeypatch.setattr("sfumato.diffusion.plans.trajectories", never)
     monkeypatch.setattr("sfumato.diffusion.plans.text_samples", never)
-    again = opened(plain).plans(**arguments())
+    again = opened(tiny_pipeline).plans(**arguments())
     assert {n: p.digest() for n, p in again.items()} == {n: p.digest() for n, p in plans.items()}
 
 
