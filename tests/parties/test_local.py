@@ -77,3 +77,11 @@ def test_affine_commands() -> None:
         backend.drop("x")
         with pytest.raises(sf.JobError, match="no value 'x'"):
             backend.reveal("x")
+
+
+def test_real_parties_refuse_a_protocol_without_secrecy() -> None:
+    with (
+        pytest.raises(sf.InsecureError, match="no secrecy"),
+        Remote(None, None, {"protocol": "plain"}) as backend,
+    ):
+        backend.report()

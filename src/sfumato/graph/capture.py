@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import logging
 import operator
 import re
@@ -109,8 +111,21 @@ def _lift(value: Any) -> Any:
     return torch.tensor(value) if type(value) in (int, float) else value
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own account of a failed export, pages of graph, out of the log and off the screen."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    finally:
+        logger.disabled = disabled
+
+
 def _export_once(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _quiet():
         warnings.simplefilter("ignore")
         exported = export(module, args, kwargs, strict=False)
         if any(_needs_functional(node) for node in exported.graph.nodes):

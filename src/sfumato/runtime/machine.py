@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.errors import JobError
+from sfumato.errors import InsecureError, JobError
 from sfumato.graph.certificate import Certificate, watched
 from sfumato.graph.execute import execute
 from sfumato.graph.plan import Plan
@@ -253,5 +253,15 @@ def _signed(word: int) -> int:
 def make_machine(
     party: int, link: Link, pair_keys: dict[int, bytes], options: dict[str, Any]
 ) -> PartyMachine:
-    """What a party process runs for one session."""
-    return PartyMachine(party, link, PairStreams(pair_keys), options)
+    """What a party process runs for one session. The operator says how long it waits for a peer.
+
+    Raises:
+        InsecureError: the client asks for a protocol without secrecy.
+    """
+    if options.get("protocol", "rep3") == "plain":
+        raise InsecureError(
+            "real parties do not run plain, which has no secrecy; use backend='plain' at the client"
+        )
+    limits = getattr(link, "limits", None)
+    stall_s = _DEFAULT_STALL_S if limits is None else limits.stall_s
+    return PartyMachine(party, link, PairStreams(pair_keys), {**options, "stall_s": stall_s})
