@@ -30,10 +30,16 @@ def test_inside_the_range_nothing_is_said(secret: str) -> None:
 def test_outside_the_range_names_the_layer() -> None:
     plan = sf.make_plan(sf.capture(model(), (inputs(1.0),)))
     assert len(watched(plan)) == 3
-    with pytest.raises(
-        sf.RangeError, match=r"left the range that Sequential was calibrated for, linear at 0"
-    ):
+    with pytest.raises(sf.RangeError, match=r"left the range that Sequential was calibrated for, silu at 1"):
         sf.run(plan, (inputs(6.0),), backend="simulate")
+
+
+def test_a_linear_result_may_pass_what_calibration_saw() -> None:
+    module = nn.Linear(8, 4).eval()
+    plan = sf.make_plan(sf.capture(module, (inputs(1.0),)))
+    sf.run(plan, (inputs(3.0),), backend="simulate")
+    with pytest.raises(sf.RangeError, match="linear at the root"):
+        sf.run(plan, (inputs(40.0),), backend="simulate")
 
 
 def test_it_can_be_switched_off_and_then_costs_nothing() -> None:

@@ -8,37 +8,59 @@ rare outliers: with n samples a call, a share q of violations goes unseen with p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sfumato.graph.handlers import HANDLERS
+from sfumato.graph.handlers.nonlinear_ranges import range_of
+from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
-from sfumato.graph.program import Node
+from sfumato.graph.program import Node, Ref
 from sfumato.protocol.base import Protocol, Window
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
 from sfumato.types import Z64, Shared
 
-__all__ = ["SAMPLES", "Certificate", "watched"]
+__all__ = ["SAMPLES", "SLACK", "Certificate", "watched"]
 
 #: Elements looked at per call.
 SAMPLES = 8
+#: How far a result may pass the largest one that calibration saw, where only the ring's room matters.
+SLACK = 8.0
 _WINDOW = Window(8, 40)
 _PUBLIC = hashlib.blake2b(b"sfumato certificate positions", digest_size=32).digest()
 
 
+class Watch(NamedTuple):
+    """What is looked at of one call: the value ``name``, which belongs into [lo, hi]."""
+
+    name: str
+    lo: float
+    hi: float
+
+
 def watched(plan: Plan) -> list[str]:
     """Names of the calls that a certificate of this plan looks at, in its order."""
-    return [n.name for n in plan.secret_nodes if _bound(plan, n) is not None]
+    return [node.name for node in plan.secret_nodes if _watch(plan, node) is not None]
 
 
-def _bound(plan: Plan, node: Node) -> float | None:
-    """The largest |result| that calibration allows, margin included; None for local and unmeasured calls."""
-    highest = plan.calibration.of(node).get("hi_out", 0.0)
-    return None if highest <= 0.0 or HANDLERS[node.target].local else highest * plan.options.margin
+def _watch(plan: Plan, node: Node) -> Watch | None:
+    """The argument of a call that was planned for a range; of the others the result, within a wide bound.
+
+    A linear call has no range of its own: its result may pass what calibration saw, as long as the ring has room and
+    what consumes it is watched. None for local and unmeasured calls.
+    """
+    stats = plan.calibration.of(node)
+    if HANDLERS[node.target].local:
+        return None
+    first = node.args[0] if node.args else None
+    if "lo_in" in stats and isinstance(first, Ref) and plan.places[first.name] is not Place.PUBLIC:
+        return Watch(first.name, *range_of(node, stats, plan.options))
+    bound = stats.get("hi_out", 0.0) * SLACK
+    return Watch(node.name, -bound, bound) if bound > 0.0 else None
 
 
 class Certificate:
@@ -48,19 +70,23 @@ class Certificate:
         self._protocol = protocol
         self._plan = plan
         self._samples: dict[str, Shared] = {}
+        self._ranges: dict[str, tuple[float, float]] = {}
 
-    def look(self, session: Session, node: Node, value: Any) -> None:
-        """Keep a few elements of a call's result. Local; the positions are public and differ by call."""
-        if not isinstance(value, Shared) or _bound(self._plan, node) is None:
+    def look(self, session: Session, node: Node, value: Callable[[str], Any]) -> None:
+        """Keep a few elements of a call's argument or result. Local; the positions are public and differ by call."""
+        watch = _watch(self._plan, node)
+        if watch is None:
             return
+        shared = value(watch.name)
         label = f"{session.path}/{node.name}|certificate"
         numbers = stream_words(_PUBLIC, label, Z64, (SAMPLES,)) & ((1 << 62) - 1)
-        positions = numbers % value.type.numel
+        positions = numbers % shared.type.numel
 
         def pick(part: Tensor) -> Tensor:
             return part.reshape(-1)[positions.to(part.device)]
 
-        self._samples[node.name] = self._protocol.linear(pick, value)
+        self._samples[node.name] = self._protocol.linear(pick, shared)
+        self._ranges[node.name] = (watch.lo, watch.hi)
 
     async def violations(self, session: Session) -> Shared:
         """Samples outside their bounds per watched call; shape (calls,), whole numbers, still secret.
@@ -71,10 +97,8 @@ class Certificate:
         names = watched(self._plan)
         picked = [self._aligned(name) for name in names]
         values = p.linear(lambda *parts: torch.stack(parts), *picked)  # (calls, SAMPLES)
-        limits = torch.tensor(
-            [_bound(self._plan, n) for n in self._plan.secret_nodes if n.name in self._samples]
-        )
-        bounds = p.encode(values, limits.to(torch.float64).unsqueeze(1))
+        ends = torch.tensor([self._ranges[name] for name in names], dtype=torch.float64)
+        bounds = p.encode(values, torch.stack([-ends[:, :1], ends[:, 1:]]))  # (2, calls, 1)
         room = p.linear(lambda part: torch.stack([part, -part]), values)
         outside = await p.less_than_zero(session, p.add_public(session, room, bounds), _WINDOW)
         return p.linear(lambda part: part.sum((0, 2)), outside)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,51 +17,7 @@ from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["execute", "turns", "waves"]
-
-#: How many calls ahead in program order a call may start; bounds the values that are alive at once.
-LOOKAHEAD = 24
-
-
-def waves(plan: Plan, lookahead: int = LOOKAHEAD) -> list[list[int]]:
-    """Indices of the secret calls in groups whose rounds overlap; local calls go alone and as early as they
-    can.
-
-    A group is the first interactive call left, in program order, with every other one in the next
-    ``lookahead`` calls that does not wait for any of them. Depends on the plan alone.
-    """
-    nodes = plan.secret_nodes
-    ready = set(plan.frontier)
-    left = list(range(len(nodes)))
-    groups: list[list[int]] = []
-
-    def start(chosen: Sequence[int]) -> None:
-        groups.append(list(chosen))
-        ready.update(nodes[i].name for i in chosen)
-        for i in chosen:
-            left.remove(i)
-
-    while left:
-        open_calls = [i for i in left[:lookahead] if all(name in ready for name in nodes[i].refs())]
-        at_once = [i for i in open_calls if HANDLERS[nodes[i].target].local]
-        if at_once:
-            for i in at_once:
-                start([i])
-        else:
-            start(open_calls)
-    return groups
-
-
-def turns(plan: Plan) -> list[int]:
-    """The role rotation of each secret call: calls of one kind take turns by size, so that all send alike."""
-    loads: dict[str, list[int]] = {}
-    chosen = []
-    for node in plan.secret_nodes:
-        load = loads.setdefault(node.target, [0, 0, 0])
-        turn = load.index(min(load))
-        load[turn] += math.prod(node.shape)
-        chosen.append(turn)
-    return chosen
+__all__ = ["execute"]
 
 
 async def execute(
@@ -94,11 +49,9 @@ async def execute(
         return values[name] if name in values else weights[name]
 
     context = Context(protocol, plan.options, plan.choices)
-    nodes, groups, turn = plan.secret_nodes, waves(plan), turns(plan)
-    last = {name: g for g, group in enumerate(groups) for i in group for name in nodes[i].refs()}
-    kept = set(plan.secret_outputs)
-    for g, group in enumerate(groups):
-        branches = [partial(_run, context, nodes[i], turn[i], value) for i in group]
+    nodes, order = plan.secret_nodes, plan.order
+    for g, group in enumerate(order.groups):
+        branches = [partial(_run, context, nodes[i], order.turns[i], value) for i in group]
         if len(branches) == 1:
             outs = [await branches[0](session)]
         else:
@@ -106,10 +59,9 @@ async def execute(
         for i, out in zip(group, outs, strict=True):
             values[nodes[i].name] = out
             if certificate is not None:
-                certificate.look(session, nodes[i], out)
-        for name in {n for i in group for n in nodes[i].refs()}:
-            if last[name] == g and name not in kept:
-                values.pop(name, None)
+                certificate.look(session, nodes[i], value)
+        for name in order.freed[g]:
+            values.pop(name, None)
     return [value(name) for name in plan.secret_outputs]
 
 

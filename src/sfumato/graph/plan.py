@@ -16,6 +16,7 @@ from sfumato.graph.calibrate import Calibration, calibrate
 from sfumato.graph.evaluate import evaluate
 from sfumato.graph.fuse import fuse
 from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.order import Order, ordered
 from sfumato.graph.places import Place, Placed, place
 from sfumato.graph.program import Node, Program, digest_of
 from sfumato.graph.summary import table_text
@@ -96,6 +97,11 @@ class Plan:
     def secret_outputs(self) -> tuple[str, ...]:
         """Results that the parties hold as shares, in order; `execute` returns them so."""
         return tuple(n for n in self.program.output_names if self.places[n] is Place.SECRET)
+
+    @cached_property
+    def order(self) -> Order:
+        """In which order the secret calls run, the same at all parties; worked out once per process."""
+        return ordered(self.secret_nodes, self.frontier, self.secret_outputs)
 
     def secret_type(self, name: str) -> Secret:
         """Ring, fraction bits and shape under which a frontier value is shared."""

@@ -376,8 +376,7 @@ class Remote(Backend):
         if cluster is None:
             self._local = LocalCluster(threads=options.get("threads"))
             self._weights_folder = self._local.folder
-            self._given = {**options, "weights_folder": str(self._local.folder)}
-            self._given.pop("threads", None)
+            self._given = {name: value for name, value in options.items() if name != "threads"}
         else:
             path = Path(cluster)
             self._open = RemoteSession(Cluster.load(path), keys or path.parent, dict(options))

@@ -77,7 +77,15 @@ class LocalCluster:
         terms: Mapping[str, str],
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sfumato.runtime.server", "--folder", str(self.party_folder(index))]
-        command += ["--index", str(index), "--threads", str(threads), "--child"]
+        command += [
+            "--index",
+            str(index),
+            "--threads",
+            str(threads),
+            "--weights",
+            str(self.folder),
+            "--child",
+        ]
         if machine:
             command += ["--machine", machine]
         for name, text in terms.items():

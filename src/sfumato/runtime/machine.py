@@ -5,6 +5,7 @@ The same class serves real party processes, one-thread simulations, runs on shap
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import threading
@@ -231,12 +232,11 @@ class PartyMachine:
         return self._handles[handle]
 
     def _stats(self) -> dict[str, Any]:
-        scale = 1 if sys.platform == "darwin" else 1024
         usage = resource.getrusage(resource.RUSAGE_SELF)
         stats: dict[str, Any] = {
             "rounds": self.clock,
             "rows": {path: [row.bytes_sent, row.sends] for path, row in self.ledger.rows.items()},
-            "peak_memory": usage.ru_maxrss * scale,
+            "peak_memory": _peak_memory(),
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "threads": threading.active_count(),
         }
@@ -244,6 +244,16 @@ class PartyMachine:
         if kernel is not None:
             stats["kernel_bytes"] = sum(kernel().values())
         return stats
+
+
+def _peak_memory() -> int:
+    """Bytes that were resident at most. On Linux ru_maxrss begins with the size of the parent that forked."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _signed(word: int) -> int:

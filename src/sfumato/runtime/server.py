@@ -96,12 +96,15 @@ class PartyServer:
         listener: socket.socket | None = None,
         terms: Mapping[str, str] | None = None,
         busy_wait_s: float = 2.0,
+        weights_folder: Path | None = None,
     ) -> None:
         if index not in (0, 1, 2):
             raise JobError(f"there is no party {index}; use 0, 1 or 2")
         self.cluster, self.index = cluster, index
         self._make_machine = make_machine
         self._terms = dict(terms or {})
+        # What a client must not choose: which files this host reads.
+        self._operator = {"weights_folder": "" if weights_folder is None else str(weights_folder)}
         self._busy_wait_s = busy_wait_s
         credentials = Credentials.in_folder(keys_folder)
         self._as_server = credentials.context(server=True)
@@ -287,7 +290,7 @@ class PartyServer:
 
         terms = run_terms(run, client, options, self._terms)
         keys = agree(link, self._peers, run, terms, self.cluster.limits.stall_s)
-        return self._make_machine(self.index, link, keys, options)
+        return self._make_machine(self.index, link, keys, {**options, **self._operator})
 
     @property
     def _peers(self) -> list[int]:
@@ -322,10 +325,17 @@ def serve_party(
     make_machine: MachineFactory | None = None,
     listener: socket.socket | None = None,
     terms: Mapping[str, str] | None = None,
+    weights_folder: Path | None = None,
 ) -> None:
     """Run party ``index`` until the process ends. ``make_machine`` is the real one unless given."""
     server = PartyServer(
-        cluster, index, keys_folder, make_machine or _named(_MACHINE), listener=listener, terms=terms
+        cluster,
+        index,
+        keys_folder,
+        make_machine or _named(_MACHINE),
+        listener=listener,
+        terms=terms,
+        weights_folder=weights_folder,
     )
     server.serve_forever()
 
@@ -372,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--term", action="append", default=[], metavar="NAME=TEXT", help="a term all parties must share"
     )
+    parser.add_argument(
+        "--weights", type=Path, help="folder of public weights that a client on this host may name"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -404,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_machine=_named(options.machine),
             listener=listener,
             terms=terms,
+            weights_folder=options.weights,
         )
     except SfumatoError as error:
         print(f"sfumato party {options.index}: {error}", file=sys.stderr, flush=True)
