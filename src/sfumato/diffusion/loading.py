@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def load_pipeline(path_or_id: str | Path, **options: Any) -> Any:
             )
         options.setdefault("variant", _variant(folder))
         options.setdefault("local_files_only", True)
+    # Said outright, because diffusers otherwise recommends accelerate at length.
+    options.setdefault("low_cpu_mem_usage", importlib.util.find_spec("accelerate") is not None)
     try:
         with _silent() if str(path_or_id) == "embedded" else contextlib.nullcontext():
             pipe = _pipeline_class().from_pretrained(source, **options)
