@@ -194,7 +194,7 @@ def _run(plan: Plan, args: Any, kwargs: Mapping[str, Any], exact: Tensor, kind: 
         with common.Foreign() as foreign:
             _call(backend, plan, args, kwargs)
         after = backend.report()
-        found = backend.reveal("out", plan.secret_type(plan.secret_outputs[0]).frac)
+        found = backend.reveal("out")
     cpu = [b - a for a, b in zip(before.cpu_seconds, after.cpu_seconds, strict=True)]
     record = {
         "load_s": round(load_s, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Handle:
 
     name: str
     shape: tuple[int, ...]
-    frac: int
+    deployment: str
 
     def __repr__(self) -> str:
         return f"Handle({self.name}, {list(self.shape)})"
@@ -50,6 +51,7 @@ class Deployment:
         self.plan = plan
         self._backend = backend
         self._calls = 0
+        self._id = secrets.token_hex(8)
         backend.load(_PLAN, plan)
         backend.start_clock()
 
@@ -62,6 +64,8 @@ class Deployment:
         self._calls += 1
         handles = {n: a for n, a in program.matched(args, kwargs).items() if isinstance(a, Handle)}
         for name, handle in handles.items():
+            if handle.deployment != self._id:
+                raise JobError(f"the handle given for {name} belongs to another deployment")
             if self.plan.places[name] is not Place.SECRET:
                 raise JobError(f"the argument {name} is not secret in this plan; give its value")
             if handle.shape != program.types[name][0]:
@@ -83,18 +87,27 @@ class Deployment:
         outputs = {n: f"out{number}/{n}" for n in self.plan.secret_outputs}
         self._backend.call(_PLAN, f"call{number}", names, values.publics, list(outputs.values()))
         self._backend.drop(*temporary)
-        if reveal:
-            self._backend.check_ranges(_PLAN)
         found: dict[str, Any] = dict(values.outputs)
-        frac = self.plan.options.frac
         for name, handle_name in outputs.items():
             shape, dtype = self.plan.program.types[name]
             if reveal:
-                found[name] = self._backend.reveal(handle_name, frac).to(dtype)
+                found[name] = self._backend.reveal(handle_name).to(dtype)
                 self._backend.drop(handle_name)
             else:
-                found[name] = Handle(handle_name, shape, frac)
+                found[name] = Handle(handle_name, shape, self._id)
+        if reveal:
+            self._backend.check_ranges(_PLAN)
         return self.plan.program.assemble(found)
+
+    def drop(self, handle: Handle) -> None:
+        """Let the parties forget a value.
+
+        Raises:
+            JobError: the handle belongs to another deployment, or was dropped before.
+        """
+        if handle.deployment != self._id:
+            raise JobError("the handle belongs to another deployment")
+        self._backend.drop(handle.name)
 
     def call_on_shapes(self) -> None:
         """One call with zeros for every value that comes from outside: what a run on shapes needs."""

@@ -60,7 +60,12 @@ def test_handles_keep_values_at_the_parties_and_nothing_is_left() -> None:
         assert isinstance(once, sf.Handle)
         assert float((twice - plain).abs().max()) < 1e-4
         with pytest.raises(sf.JobError, match="shape"):
-            deployment(sf.Handle(once.name, (4, 4), once.frac))
+            deployment(sf.Handle(once.name, (4, 4), once.deployment))
+        with pytest.raises(sf.JobError, match="another deployment"):
+            deployment(sf.Handle(once.name, once.shape, "else"))
+        deployment.drop(once)
+        with pytest.raises(sf.JobError, match="no value"):
+            deployment(once)
     assert not folder.exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 

@@ -147,4 +147,4 @@ def decoded(backend: Backend, plan: Plan, latents: str, shape: tuple[int, ...]) 
     """The image behind a handle of latents, opened to the client alone."""
     values = client_side(plan, (torch.zeros(shape),), held=("latents",))
     backend.call("vae", "vae", {"latents": latents}, values.publics, ["image"])
-    return backend.reveal("image", plan.options.frac)
+    return backend.reveal("image")

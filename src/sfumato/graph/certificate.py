@@ -8,59 +8,39 @@ rare outliers: with n samples a call, a share q of violations goes unseen with p
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.graph.handlers import HANDLERS
-from sfumato.graph.handlers.nonlinear_ranges import range_of
-from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
-from sfumato.graph.program import Node, Ref
+from sfumato.graph.program import Node
 from sfumato.protocol.base import Protocol, Window
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
-from sfumato.types import Z64, Shared
+from sfumato.types import Z64, Ring, Shared
 
-__all__ = ["SAMPLES", "SLACK", "Certificate", "watched"]
+__all__ = ["SAMPLES", "Certificate", "watched", "window"]
 
 #: Elements looked at per call.
 SAMPLES = 8
-#: How far a result may pass the largest one that calibration saw, where only the ring's room matters.
-SLACK = 8.0
-_WINDOW = Window(8, 40)
+_WINDOW_BITS = 40
 _PUBLIC = hashlib.blake2b(b"sfumato certificate positions", digest_size=32).digest()
-
-
-class Watch(NamedTuple):
-    """What is looked at of one call: the value ``name``, which belongs into [lo, hi]."""
-
-    name: str
-    lo: float
-    hi: float
 
 
 def watched(plan: Plan) -> list[str]:
     """Names of the calls that a certificate of this plan looks at, in its order."""
-    return [node.name for node in plan.secret_nodes if _watch(plan, node) is not None]
+    return [node.name for node in plan.secret_nodes if node.name in plan.watches]
 
 
-def _watch(plan: Plan, node: Node) -> Watch | None:
-    """The argument of a call that was planned for a range; of the others the result, within a wide bound.
-
-    A linear call has no range of its own: its result may pass what calibration saw, as long as the ring has room and
-    what consumes it is watched. None for local and unmeasured calls.
-    """
-    stats = plan.calibration.of(node)
-    if HANDLERS[node.target].local:
-        return None
-    first = node.args[0] if node.args else None
-    if "lo_in" in stats and isinstance(first, Ref) and plan.places[first.name] is not Place.PUBLIC:
-        return Watch(first.name, *range_of(node, stats, plan.options))
-    bound = stats.get("hi_out", 0.0) * SLACK
-    return Watch(node.name, -bound, bound) if bound > 0.0 else None
+def window(plan: Plan, ring: Ring) -> Window:
+    """The bits that tell a value's side of its bound: ten bits of room above the largest bound."""
+    largest = max(max(abs(w.lo), abs(w.hi)) for w in plan.watches.values())
+    bits = min(_WINDOW_BITS, ring.bits - 1)
+    top = math.frexp(largest)[1] + plan.options.frac + 10
+    return Window(min(max(0, top - bits + 1), ring.bits - bits), bits)
 
 
 class Certificate:
@@ -70,11 +50,10 @@ class Certificate:
         self._protocol = protocol
         self._plan = plan
         self._samples: dict[str, Shared] = {}
-        self._ranges: dict[str, tuple[float, float]] = {}
 
     def look(self, session: Session, node: Node, value: Callable[[str], Any]) -> None:
         """Keep a few elements of a call's argument or result. Local; the positions are public and differ by call."""
-        watch = _watch(self._plan, node)
+        watch = self._plan.watches.get(node.name)
         if watch is None:
             return
         shared = value(watch.name)
@@ -86,7 +65,6 @@ class Certificate:
             return part.reshape(-1)[positions.to(part.device)]
 
         self._samples[node.name] = self._protocol.linear(pick, shared)
-        self._ranges[node.name] = (watch.lo, watch.hi)
 
     async def violations(self, session: Session) -> Shared:
         """Samples outside their bounds per watched call; shape (calls,), whole numbers, still secret.
@@ -97,10 +75,13 @@ class Certificate:
         names = watched(self._plan)
         picked = [self._aligned(name) for name in names]
         values = p.linear(lambda *parts: torch.stack(parts), *picked)  # (calls, SAMPLES)
-        ends = torch.tensor([self._ranges[name] for name in names], dtype=torch.float64)
+        watches = [self._plan.watches[name] for name in names]
+        ends = torch.tensor([[watch.lo, watch.hi] for watch in watches], dtype=torch.float64)
         bounds = p.encode(values, torch.stack([-ends[:, :1], ends[:, 1:]]))  # (2, calls, 1)
         room = p.linear(lambda part: torch.stack([part, -part]), values)
-        outside = await p.less_than_zero(session, p.add_public(session, room, bounds), _WINDOW)
+        outside = await p.less_than_zero(
+            session, p.add_public(session, room, bounds), window(self._plan, values.ring)
+        )
         return p.linear(lambda part: part.sum((0, 2)), outside)
 
     def _aligned(self, name: str) -> Shared:

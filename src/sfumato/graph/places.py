@@ -134,7 +134,9 @@ class _Placer(Rewriter):
     def _input_place(self, i: Input, argument: str) -> Place:
         if i.kind != "user":
             hidden = (
-                self.secret_weights and i.dtype.is_floating_point and i.persistent and i.kind != "constant"
+                self.secret_weights
+                and i.dtype.is_floating_point
+                and (i.persistent if i.kind != "constant" else i.shape != ())
             )
             return Place.OWNER if hidden else Place.PUBLIC
         given = {i.name, argument}

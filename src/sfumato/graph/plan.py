@@ -20,6 +20,7 @@ from sfumato.graph.order import Order, ordered
 from sfumato.graph.places import Place, Placed, place
 from sfumato.graph.program import Node, Program, digest_of
 from sfumato.graph.summary import table_text
+from sfumato.graph.watches import Watch, watch_calls
 from sfumato.types import Ring, Secret
 
 __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "load_side", "make_plan"]
@@ -43,6 +44,10 @@ _FROM_EXAMPLES = (
 _WHOLE_TARGETS = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
 
 
+#: What stays with whoever made a plan.
+_MEASURED = ("calibration", "notes")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all parties agree on before a share moves. ``program`` is the captured one after the rewrites of
@@ -53,6 +58,7 @@ class Plan:
     per_call: frozenset[str]
     choices: Mapping[str, Mapping[str, Any]]
     options: Options
+    watches: Mapping[str, Watch] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     notes: tuple[str, ...] = ()
 
@@ -135,9 +141,15 @@ class Plan:
             "per_call": sorted(self.per_call),
             "choices": {n: dict(c) for n, c in self.choices.items()},
             "options": asdict(self.options),
+            "watches": {n: list(w) for n, w in self.watches.items()},
             "calibration": self.calibration.to_json(),
             "notes": list(self.notes),
         }
+
+    def for_parties(self) -> dict[str, Any]:
+        """What the parties get: `to_json` without what was measured on the way. Exact extremes of activations, and with
+        secret weights of parameters, stay with whoever made the plan; choices and watches hold short numbers."""
+        return {k: v for k, v in self.to_json().items() if k not in _MEASURED}
 
     @staticmethod
     def from_json(data: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Plan:
@@ -155,8 +167,9 @@ class Plan:
                 frozenset(data["per_call"]),
                 {str(n): dict(c) for n, c in data["choices"].items()},
                 Options(**data["options"]),
-                Calibration.from_json(data["calibration"]),
-                tuple(data["notes"]),
+                {str(n): Watch(str(v), float(lo), float(hi)) for n, (v, lo, hi) in data["watches"].items()},
+                Calibration.from_json(data["calibration"]) if "calibration" in data else Calibration(),
+                tuple(data.get("notes", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CaptureError(f"this is not the JSON of a plan ({type(error).__name__})") from error
@@ -168,8 +181,7 @@ class Plan:
     def digest(self) -> str:
         """Hex BLAKE2b over everything that decides what the parties do; what was measured on the way is left
         out."""
-        data = self.to_json()
-        return digest_of({k: v for k, v in data.items() if k != "notes"})
+        return digest_of(self.for_parties())
 
     def table(self) -> str:
         """What runs where, which methods, and why nothing leaks by what was moved."""
@@ -233,7 +245,28 @@ def make_plan(
     notes += _headroom(placed, measured, options)
     if not any(w is Place.SECRET for w in placed.places.values()):
         notes.append(_NOTHING_LEFT)
-    return Plan(placed.program, placed.places, placed.per_call, choices, options, measured, tuple(notes))
+    notes += _weights_in_clear(placed, secret)
+    watches = watch_calls(placed, measured, options)
+    return Plan(
+        placed.program, placed.places, placed.per_call, choices, options, watches, measured, tuple(notes)
+    )
+
+
+def _weights_in_clear(placed: Placed, secret: str) -> list[str]:
+    """A note that names the tensors of the model which every party sees although the weights are secret."""
+    if secret != "inputs+weights":
+        return []
+    seen = [
+        i.source
+        for i in placed.program.inputs
+        if i.kind != "user" and i.shape != () and placed.places[i.name] is Place.PUBLIC
+    ]
+    shown = ", ".join(seen[:6]) + (" and others" if len(seen) > 6 else "")
+    return (
+        [f"in the clear although weights are secret (whole numbers, or not part of a checkpoint): {shown}"]
+        if seen
+        else []
+    )
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def _scalar_gain(c: float, x: Shared) -> int:
     """Fraction bits of a number that the plan knows: about as many significant bits whatever its size."""
     if c == 0.0 or not math.isfinite(c):
         return gain_frac(x)
-    return max(0, min(30, gain_frac(x) - math.floor(math.log2(abs(c)))))
+    return max(0, min(30, gain_frac(x) - (math.frexp(c)[1] - 1)))
 
 
 async def mul(p: Protocol, s: Session, x: Value, y: Value, *, plus: Shared | None = None) -> Shared:
@@ -189,7 +189,7 @@ def _factor_words(factor: float) -> tuple[int, int]:
     """(multiplier, its fraction bits) of a public factor; (1, 0) for one."""
     if factor == 1.0:
         return 1, 0
-    bits = max(0, 14 - math.floor(math.log2(abs(factor))))
+    bits = max(0, 14 - (math.frexp(factor)[1] - 1))
     return round(factor * 2.0**bits), bits
 
 

@@ -86,7 +86,7 @@ class Backend(ABC):
         values = load_side(plan)
         public = {n: t.contiguous() for n, t in values.publics.items()}
         items = tuple(WeightSpec(n, str(Z64), 0, tuple(t.shape)) for n, t in public.items())
-        document = plan.to_json()
+        document = plan.for_parties()
         folder = self._weights_folder
         if folder is not None and _bytes(list(public.values())) > _LARGE_WEIGHTS:
             document["weights_file"] = weights.stored(folder, public)
@@ -128,14 +128,15 @@ class Backend(ABC):
         )
         self._command(Affine(handle, words, bits, path))
 
-    def reveal(self, handle: str, frac: int = 18) -> Tensor:
+    def reveal(self, handle: str) -> Tensor:
         """The value, in float64, at the client alone."""
         replies = self._command(Reveal(handle))
         components = [tensors[0] for _, tensors in replies]
         self.last_components = components
         if self.device == "meta":
             return torch.zeros(components[0].shape, dtype=torch.float64)
-        words = components[0] if len(components) == 1 else Rep3.combine(components, Z64)
+        ring, frac = Ring.named(str(replies[0][0]["ring"])), int(replies[0][0]["frac"])
+        words = components[0] if len(components) == 1 else Rep3.combine(components, ring)
         return decode(words, frac)
 
     def check_ranges(self, name: str) -> None:
@@ -147,7 +148,9 @@ class Backend(ABC):
         plan = self._plans[name]
         if not self._certify or not watched(plan) or name not in self._called:
             return
-        counts = self.reveal(f"{name}:ranges", 0)
+        counts = self.reveal(f"{name}:ranges")
+        self.drop(f"{name}:ranges")
+        self._called.discard(name)
         failed = Certificate.failed(plan, counts.tolist())
         if failed:
             raise RangeError(
@@ -341,14 +344,16 @@ class Lockstep(Backend):
             super().call(name, path, inputs, publics, outputs)
             return
         starts = [machine.clock for machine in self._machines]
+        kept = [*outputs, f"{name}:ranges"] if self._certify and watched(self._plans[name]) else list(outputs)
         if name not in self._repeats:
             for i, machine in enumerate(self._machines):
                 machine.clock = tuple(0 if j == i else _NEVER for j in range(len(starts)))
             super().call(name, path, inputs, publics, outputs)
-            self._repeats[name] = _Repeat.of(self._machines, path, outputs)
+            self._repeats[name] = _Repeat.of(self._machines, path, kept)
         else:
             self._client_bytes += self._parties * _bytes(list(publics.values()))
-            self._repeats[name].again(self._machines, path, outputs)
+            self._called.add(name)
+            self._repeats[name].again(self._machines, path, kept)
         for machine, lengths in zip(self._machines, self._repeats[name].lengths, strict=True):
             machine.clock = max(
                 length + start

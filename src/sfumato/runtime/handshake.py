@@ -37,6 +37,8 @@ def package_version() -> str:
 
 def run_terms(run: str, client: str, options: Mapping[str, Any], extra: Mapping[str, str]) -> dict[str, str]:
     """What all parties must have in common, as flat text; each difference is reported by its key."""
+    from torch import __version__ as torch_version
+
     from sfumato.ops.tiles import DEFAULT_TILES  # these import torch
     from sfumato.ring.prg import ALGORITHM
     from sfumato.ring.trig import table_digest
@@ -45,6 +47,7 @@ def run_terms(run: str, client: str, options: Mapping[str, Any], extra: Mapping[
         "protocol version": str(PROTOCOL_VERSION),
         "package version": package_version(),
         "random streams": ALGORITHM,
+        "torch": torch_version,
         "integer sines": str(table_digest()),
         "tiles": str(DEFAULT_TILES),
         "run": run,

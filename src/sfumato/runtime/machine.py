@@ -37,6 +37,7 @@ __all__ = ["PartyMachine", "make_machine", "make_protocol"]
 
 _SEED_BYTES = 32
 _DEFAULT_STALL_S = 300.0
+_LARGEST_BYTES = 16 << 30
 
 
 def make_protocol(options: Mapping[str, Any]) -> Protocol:
@@ -61,6 +62,7 @@ class PartyMachine:
         self._device = device
         self._stall_s = float(options.get("stall_s", _DEFAULT_STALL_S))
         self._certify = bool(options.get("certificate", True))
+        self._largest = int(options.get("largest_bytes", _LARGEST_BYTES))
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
         self._handles: dict[str, Shared] = {}
@@ -101,7 +103,7 @@ class PartyMachine:
                 x = self._get(command.handle)
                 self._reveals += 1
                 session = self._root.fork(f"reveal{self._reveals}")
-                reply = ({}, [self.protocol.summand(session, x)])
+                reply = ({"ring": str(x.ring), "frac": x.frac}, [self.protocol.summand(session, x)])
             case Drop():
                 self._get(command.handle)
                 del self._handles[command.handle]
@@ -158,6 +160,10 @@ class PartyMachine:
     def _received(self, spec: WeightSpec, attachments: list[Tensor]) -> Shared:
         """The client's share of a value: two components, each as words or as a 32-byte seed of them."""
         type = Secret(Ring.named(spec.ring), spec.frac, spec.shape)
+        if type.numel * type.ring.bits // 8 > self._largest:
+            raise JobError(
+                f"the value {spec.name} is larger than a party takes at once ({self._largest} bytes)"
+            )
         if len(attachments) != self._parts_per_value:
             raise JobError(
                 f"a share of {spec.name} comes as {self._parts_per_value} tensors, not {len(attachments)}"
@@ -177,7 +183,9 @@ class PartyMachine:
         if command.name not in self._plans:
             raise JobError(f"there is no plan {command.name!r} here; load it first")
         plan, held = self._plans[command.name]
-        secrets = {argument: self._get(handle) for argument, handle in command.inputs.items()}
+        secrets = {
+            argument: self._argument(plan, argument, name) for argument, name in command.inputs.items()
+        }
         session = self._root.fork(command.path)
         certificate = Certificate(self.protocol, plan) if self._certify and watched(plan) else None
         outputs = await execute(
@@ -193,6 +201,15 @@ class PartyMachine:
             handle = f"{command.name}:ranges"
             so_far = self._handles.get(handle)
             self._handles[handle] = found if so_far is None else self.protocol.add(so_far, found)
+
+    def _argument(self, plan: Plan, argument: str, handle: str) -> Shared:
+        x = self._get(handle)
+        if argument not in plan.program.types:
+            raise JobError(f"the plan has no input {argument!r}")
+        expected = plan.secret_type(argument)
+        if x.shape != expected.shape or x.ring != expected.ring or x.frac not in (0, plan.options.frac):
+            raise JobError(f"the value {handle!r} is {x.type}, the input {argument} is {expected}")
+        return x
 
     async def _affine(self, command: Affine) -> Shared:
         p = self.protocol

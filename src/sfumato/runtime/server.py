@@ -104,7 +104,10 @@ class PartyServer:
         self._make_machine = make_machine
         self._terms = dict(terms or {})
         # What a client must not choose: which files this host reads.
-        self._operator = {"weights_folder": "" if weights_folder is None else str(weights_folder)}
+        self._operator = {
+            "weights_folder": "" if weights_folder is None else str(weights_folder),
+            "largest_bytes": cluster.limits.max_message_bytes,
+        }
         self._busy_wait_s = busy_wait_s
         credentials = Credentials.in_folder(keys_folder)
         self._as_server = credentials.context(server=True)
@@ -156,7 +159,7 @@ class PartyServer:
             else:
                 self._greet_party(sock, identity, hello)
         except SfumatoError as error:
-            _log.warning("party %d turned a caller away: %s", self.index, error)
+            _log.warning("party %d turned a caller away: %s", self.index, public_text(str(error)))
         except Exception as error:
             _log_failure(f"party {self.index} failed to greet a caller", error)
         finally:
@@ -231,7 +234,7 @@ class PartyServer:
         except BaseException as error:
             reason, kind, origin = public_reason(error, self.index)
             if isinstance(error, SfumatoError):
-                _log.warning("party %d ends session %s: %s", self.index, run[:8], error)
+                _log.warning("party %d ends session %s: %s", self.index, run[:8], reason)
             else:
                 _log_failure(f"party {self.index} ends session {run[:8]}", error)
             if to_peers is not None:

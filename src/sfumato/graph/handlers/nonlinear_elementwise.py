@@ -21,7 +21,10 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     in_z64,
     like,
     range_of,
+    short_down,
+    short_up,
     tolerances,
+    widened,
 )
 from sfumato.graph.program import Node
 from sfumato.ops import activation, basic, compare, elementary
@@ -70,7 +73,7 @@ def _domain_start(name: str, stats: Stats, options: Options, lo: float) -> float
         return lo
     if stats["lo_in"] <= 0:
         raise CaptureError(f"{name} saw {stats['lo_in']:g} in calibration; it needs positive values")
-    return stats["lo_in"] / options.margin**2
+    return short_down(stats["lo_in"] / options.margin**2)
 
 
 def _which_gelu(node: Node) -> str:
@@ -113,7 +116,7 @@ async def _exp(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
 def _positive_range(lo: float, hi: float, options: Options, what: str) -> tuple[float, float]:
     if lo <= 0:
         raise CaptureError(f"{what} saw {lo:g} in calibration; it needs positive values away from zero")
-    return lo / options.margin**3, hi * options.margin**3
+    return short_down(lo / options.margin**3), short_up(hi * options.margin**3)
 
 
 def _inverse_choice(root: int, lo: float, hi: float, options: Options, what: str) -> dict[str, Any]:
@@ -212,7 +215,10 @@ def _supports_pow(node: Node, secret: tuple[bool, ...]) -> str | None:
 
 
 def _choose_bound(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    bound = bound_of(node, stats, options)
+    return _window_choice(bound_of(node, stats, options), options)
+
+
+def _window_choice(bound: float, options: Options) -> dict[str, Any]:
     error = chosen(lambda: {"error": compare.band(bound, options.frac)})
     return {"method": "window", "bound": bound, "bits": compare.WINDOW_BITS, **error}
 
@@ -286,7 +292,15 @@ def _fixed_clip(low: float, high: float) -> Compute:
 
 def _measure_gap(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
     gap = args[0].to(torch.float64) - args[1]
-    return {"lo_in": float(gap.min()), "hi_in": float(gap.max())} if gap.numel() else {}
+    return {"lo_gap": float(gap.min()), "hi_gap": float(gap.max())} if gap.numel() else {}
+
+
+def _choose_gap(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    """A bound on the difference, with the margin; neither value by itself has a range to keep to."""
+    if "lo_gap" not in stats:
+        raise CaptureError(f"{node.name} was not calibrated; give calibration inputs that reach it")
+    lo, hi = widened(stats["lo_gap"], stats["hi_gap"], options.margin)
+    return _window_choice(max(abs(lo), abs(hi), 2.0**-6), options)
 
 
 def _pair(larger: bool) -> Handler:
@@ -300,7 +314,7 @@ def _pair(larger: bool) -> Handler:
         best = basic.add(p, s, y, lead) if larger else basic.sub(p, s, y, lead)
         return await like(ctx, s.fork("out"), best)
 
-    return Handler(run, _measure_gap, _choose_bound)
+    return Handler(run, _measure_gap, _choose_gap)
 
 
 def _order(swapped: bool) -> Handler:
@@ -313,7 +327,7 @@ def _order(swapped: bool) -> Handler:
         bit = await compare.less_than_zero(p, s.fork("less"), gap, bound)
         return await like(ctx, s.fork("out"), bit)
 
-    return Handler(run, _measure_gap, _choose_bound)
+    return Handler(run, _measure_gap, _choose_gap)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ __all__ = [
     "in_z64",
     "like",
     "range_of",
+    "short_down",
+    "short_up",
     "tolerances",
     "widened",
 ]
@@ -76,6 +78,18 @@ def widened(lo: float, hi: float, margin: float) -> tuple[float, float]:
     step = 2.0 ** (math.floor(math.log2(span)) - 4)
     more = (margin - 1.0) * span
     return math.floor((lo - more) / step) * step, math.ceil((hi + more) / step) * step
+
+
+def short_up(x: float) -> float:
+    """The next number above a positive x with four significant bits: plans say little of what was measured."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(math.ceil(mantissa * 16), exponent - 4)
+
+
+def short_down(x: float) -> float:
+    """The next number below a positive x with four significant bits."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(math.floor(mantissa * 16), exponent - 4)
 
 
 def range_of(node: Node, stats: Stats, options: Options) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     in_range,
     in_z64,
     like,
+    short_down,
+    short_up,
     tolerances,
     widened,
 )
@@ -93,7 +95,9 @@ def _choose_norm(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
         else _group_eps(node.args, node.kwargs)
     )
     wide = options.margin**3
-    low, high = stats["lo_var"] / wide, max(stats["hi_var"], 1e-9) * wide
+    # eps keeps the norm's inverse root finite where a row has no variance at all.
+    low = short_down(stats["lo_var"] / wide) if stats["lo_var"] > 0 else stats["lo_var"]
+    high = short_up(max(stats["hi_var"], 1e-9) * wide)
 
     def make() -> dict[str, Any]:
         plan = norm.plan_norm(
@@ -101,7 +105,7 @@ def _choose_norm(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
             low,
             high,
             eps,
-            reach=2 * options.margin * stats["hi_reach"],
+            reach=short_up(2 * options.margin * stats["hi_reach"]) if stats["hi_reach"] > 0 else 0.0,
             gain=stats.get("hi_gain", 1.0),
             frac=options.frac,
         )
@@ -168,7 +172,8 @@ def _choose_rows(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
     lo, hi = widened(stats["lo_score"], stats["hi_score"], options.margin)
     row_lo, row_hi = widened(stats["lo_row"], stats["hi_score"], options.margin)
     row_lo, row_hi = max(row_lo - 0.5, lo), min(row_hi + 0.5, hi + 0.5)
-    reach = options.margin * stats.get("hi_value", 1.0)
+    value = options.margin * stats.get("hi_value", 1.0)
+    reach = short_up(value) if value > 0 else value
 
     def make() -> dict[str, Any]:
         plan = attention.plan_softmax(
