@@ -160,7 +160,7 @@ def deploy(
     ``cluster``: path of a cluster file (with the client's keys beside it, or in ``keys``); else ``backend``:
     ``"local"`` starts three processes over mTLS, ``"simulate"`` one thread, ``"plain"`` no secrecy.
 
-    ``certificate``: check a few elements of every layer's result against the calibrated range, for the client alone.
+    ``certificate``: check a few elements of every layer against the calibrated range, for the client alone.
 
     Raises:
         LinkError: the parties cannot be reached.

@@ -9,7 +9,7 @@
     ├── ProtocolError     a path used twice, a handshake that differs, a broken invariant between parties
     ├── LinkError         a peer is gone, silent, or sends what is not a frame; names peer and path
     ├── JobError          a request that cannot be served (unknown name, bad argument, refused by policy)
-    └── InsecureError     an insecure option without its explicit reason
+    └── InsecureError     a protocol without secrecy was asked of real parties
 """
 
 from __future__ import annotations
@@ -62,4 +62,4 @@ class JobError(SfumatoError):
 
 
 class InsecureError(SfumatoError):
-    """An option that gives up secrecy was used without naming the reason."""
+    """A protocol without secrecy was asked of real parties."""

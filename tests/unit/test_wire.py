@@ -165,7 +165,7 @@ COMMANDS: list[Command] = [
     Load(
         "unet", {"nodes": [1, 2.5, "x"]}, WeightsSpec("public", (WeightSpec("a.weight", "Z64", 18, (2, 3)),))
     ),
-    Load("unet", {}, WeightsSpec("shares")),
+    Load("unet", {}, WeightsSpec("stored")),
     Put("x", "Z64", 18, (1, 4, 8, 8)),
     Call("unet", "step/3", {"sample": "x"}, {"b": torch.ones(2), "a": torch.tensor(3)}, ("y", "z")),
     Affine("x", (Term("y", -5, 0, 1), Term("z", 2**63)), 18, "step/3/ddim", torch.arange(4)),
@@ -202,11 +202,11 @@ def test_digests_differ_where_commands_do() -> None:
         assert digest(Call("n", "p", {}, {"t": other}, ())) != digest(call)
 
 
-def test_public_weights_are_part_of_the_digest_and_shares_are_not() -> None:
-    public, shares = (Load("n", {}, WeightsSpec(form)) for form in ("public", "shares"))
+def test_attached_weights_are_part_of_the_digest_and_files_go_by_name() -> None:
+    public, stored = (Load("n", {}, WeightsSpec(form)) for form in ("public", "stored"))
     a, b = [torch.tensor([1])], [torch.tensor([2])]
     assert digest(public, a) != digest(public, b)
-    assert digest(shares, a) == digest(shares, b)
+    assert digest(stored, a) == digest(stored, b)
 
 
 @pytest.mark.parametrize("handle", ["", "../x y", "a" * 300, "é", "-x", "a\n"])

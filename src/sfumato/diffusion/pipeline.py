@@ -104,7 +104,7 @@ class SecurePipeline:
             diffusers.
             secret: ``"inputs"`` (prompt, noise, image) or ``"inputs+weights"`` (the weights of text encoder,
                 U-Net and image decoder as well).
-            profile: how non-linear functions are computed: ``"precise"``, ``"fast"``, or a paper's name.
+            profile: the errors that non-linear functions may have: ``"precise"`` or ``"fast"``.
             cluster: a cluster file of three real parties; ``keys`` the folder of the client's certificate.
             backend: ``"local"`` (three processes over mutual TLS), ``"simulate"`` (one thread), ``"plain"``.
             calibration: ranges of the U-Net to use; by default they are measured in the clear on built-in

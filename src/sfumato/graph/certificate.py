@@ -1,7 +1,7 @@
 """A cheap check, under the protocol, that a run stayed in the ranges its plan was calibrated for.
 
-A few random elements of every interactive call's result are compared with the calibrated bound, all at once
-at the end of the call; the client alone learns how many of each call's samples were outside. Sampling misses
+A few random elements per interactive call are compared with what the plan allows: the argument of a function
+planned for a range with that range, the result of any other call with a wide bound. The client alone learns how many of each call's samples were outside. Sampling misses
 rare outliers: with n samples a call, a share q of violations goes unseen with probability (1 - q)^n.
 """
 

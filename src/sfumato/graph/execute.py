@@ -30,7 +30,7 @@ async def execute(
     *,
     certificate: Certificate | None = None,
 ) -> list[Shared]:
-    """The plan's secret results, in the order of ``plan.secret_outputs``; ``certificate`` sees every result.
+    """The plan's secret results, in the order of ``plan.secret_outputs``; ``certificate`` sees every call.
 
     ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``.
     ``weights``: ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.

@@ -183,7 +183,7 @@ async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: 
     Error: plan.error (5e-5 by default) plus 2e-7 per unit of coefficients plus one ulp; clamped: slopes times
     one comparison band (2^-11 at bound 16) more near the clip.
     Cost: 3 rounds, 64 (2 K + 1 or 2) + 2k + f' + 2 bits for K harmonics (silu on +-8: K = 8, about 1,370);
-    clamped: one batch of comparisons before it. Source: digest mpc-friendly 6.8.
+    clamped: one batch of comparisons before it. Source: [SHAFT].
     """
     wanted = x.frac if frac is None else frac
 
@@ -217,7 +217,7 @@ async def hardsigmoid(p: Protocol, s: Session, x: Shared, bound: float) -> Share
     """clip(x / 6 + 1/2, 0, 1).
 
     Domain: |x| <= bound. Error: one comparison band / 6 plus two ulp. Cost: two comparisons in one batch
-    (about 1,000 bits) and one truncation. Source: digest secure-transformers 9 L3.
+    (about 1,000 bits) and one truncation. Source: [SPU]; docs/design/003.
     """
     clipped = await clamp(p, s.fork("clip"), x, -3.0, 3.0, max(bound, 3.0))
     return await _affine(p, s.fork("scale"), clipped)

@@ -140,7 +140,7 @@ async def clamp(
 
     Domain: |x| <= bound. Error: one band next to a limit. Cost: rounds of :func:`relu`, its bits for each
     side.
-    Source: digest mpc-friendly 6.9 (batched clip).
+    Source: [CrypTen], [SHAFT]; docs/design/005 (batched clip).
     """
     overs = await overshoots(p, s, x, low, high, bound, bits=bits)
     for over in overs:
@@ -188,7 +188,7 @@ async def maximum(
 
     Domain: |x| <= bound. Error: at most ceil(log2 n) bands below the true maximum, never above it.
     Cost: ceil(log2 n) levels of a :func:`relu` (about 9 rounds), (n - 1) / n of its bits per element in all.
-    Source: digest secure-transformers 9 L5.
+    Source: [SPU]; docs/design/003.
     """
     axis = dim % len(x.shape)
     level = 0

@@ -178,7 +178,7 @@ async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | 
     Domain: [plan.lo, plan.hi].
     Error: relative ``plan.error`` (at most 5e-4 by default) plus 2^-(frac) 2^squarings absolute.
     Cost: 2 (2 + squarings) + 2 rounds; 3k + 2 + (18 to 44) bits for each of the 2 + squarings products.
-    Source: digest mpc-friendly 6.5; own: a quartic as two squares, division by 2^s as a change of view.
+    Source: [CrypTen], [SHAFT]; docs/design/005; own: a quartic as two squares, division by 2^s as a change of view.
     """
 
     async def step(child: Session, piece: Shared) -> Shared:
@@ -287,7 +287,7 @@ async def inverse(p: Protocol, s: Session, x: Shared, plan: InversePlan) -> Shar
     Domain: [plan.lo, plan.hi]. Error: relative ``plan.error`` plus 2^-26 and half of x's own rounding; meant
     for one value per row or group. Cost: 5 + 6 steps rounds (at most 7 more to start with more than 18 bits;
     with buckets 10 to 12 more).
-    Source: digest mpc-friendly 6.6, 6.7; own: buckets of ratio 4 by one batch of narrow comparisons.
+    Source: [CrypTen], [SHAFT]; docs/design/005, 6.7; own: buckets of ratio 4 by one batch of narrow comparisons.
     """
     if not x.frac + plan.exponent >= 4:
         raise RangeError(

@@ -2,7 +2,7 @@
 opening.
 
 Fits are made once, by the client, when a plan is made; they travel in the plan as JSON numbers, so that
-every party multiplies with the same words. Source: digest mpc-friendly 6.8; own: short polynomial
+every party multiplies with the same words. Source: [SHAFT]; own: short polynomial
 coefficients are rounded first and the sines refitted to what is left, so that rounding them costs nothing.
 """
 

@@ -233,7 +233,7 @@ async def group_norm(
     Domain: var in the planned range; |mean| < 64. gamma and beta (C,), public or secret.
     Error: 1e-4 relative to the result's range, down to var of 1e-4; below that x's own rounding tells.
     Cost: one product per element (3k + f + 2 bits), the rest per group; 2 + 3 + rsqrt + 2 + 3 rounds.
-    Source: digest secure-transformers 9 L5; own: 1/n as a view.
+    Source: [SPU]; docs/design/003; own: 1/n as a view.
     """
     n, channels = x.shape[0], x.shape[1]
     per = channels // groups

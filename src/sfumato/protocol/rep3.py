@@ -1,6 +1,6 @@
 """Semi-honest replicated three-party sharing: x = x0 + x1 + x2, party i holds (x_i, x_{i+1}).
 
-No two parties collude. Sources: Araki et al. 2016 (replication, zero shares); the fused truncations and the
+No two parties collude. Sources: [AFL16] (replication, zero shares); the fused truncations and the
 one-opening evaluation are argued move by move in docs/security/rep3.md, budgets in docs/design/003.
 Inside a primitive parties play roles 0, 1, 2 (``Session.role``); ``turn`` rotates them, so load balances.
 Bits below are totals over the three parties per element, k = ring bits.

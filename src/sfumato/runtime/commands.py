@@ -54,14 +54,12 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightsSpec:
-    """Which weights a plan gets. ``public``: the same words for all parties (attached, and part of the
-    digest).
+    """The public weights of a plan. ``public``: the same float tensors for all parties (attached, part of the digest).
 
-    ``shares``: each party's own components (attached, not part of the digest). ``stored``: the parties have
-    them on disk.
+    ``stored``: a file of this host that the parties map, named by its content. Secret weights come by `Put`.
     """
 
-    form: Literal["public", "shares", "stored"]
+    form: Literal["public", "stored"]
     items: tuple[WeightSpec, ...] = ()
 
 
@@ -291,8 +289,8 @@ def _read_load(fields: _Fields, _: list[Tensor]) -> Load:
     spec = _Fields(fields.take("weights", dict))
     form, rows = spec.take("form", str), spec.take("items", list)
     spec.done()
-    if form not in ("public", "shares", "stored"):
-        raise JobError("the form of weights must be public, shares or stored")
+    if form not in ("public", "stored"):
+        raise JobError("the form of weights must be public or stored")
     items = []
     for row in rows:
         name, ring, frac, shape = _rows(row, "a weight", 4)

@@ -78,7 +78,7 @@ BackendName = Annotated[
         "--backend", help="local: three processes over TLS; simulate: one thread; plain: no secrecy."
     ),
 ]
-Profile = Annotated[str, typer.Option(help="precise, fast, or the approximations of a paper.")]
+Profile = Annotated[str, typer.Option(help="precise, or fast (larger errors, fewer bytes).")]
 Secret = Annotated[str, typer.Option(help="inputs, or inputs+weights.")]
 PublicComponent = Annotated[
     list[str] | None,
