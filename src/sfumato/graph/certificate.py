@@ -1,8 +1,9 @@
 """A cheap check, under the protocol, that a run stayed in the ranges its plan was calibrated for.
 
 A few random elements per interactive call are compared with what the plan allows: the argument of a function
-planned for a range with that range, the result of any other call with a wide bound. The client alone learns how many of each call's samples were outside. Sampling misses
-rare outliers: with n samples a call, a share q of violations goes unseen with probability (1 - q)^n.
+planned for a range with that range, the result of any other call with a wide bound. The client alone learns how
+many of each call's samples were outside. Sampling misses rare outliers: with n samples a call, a share q of
+violations goes unseen with probability (1 - q)^n.
 """
 
 from __future__ import annotations

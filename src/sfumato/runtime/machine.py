@@ -147,10 +147,8 @@ class PartyMachine:
             if len(items) != len(attachments):
                 raise JobError(f"{len(items)} weights are named and {len(attachments)} came")
             held = {item.name: tensor for item, tensor in zip(items, attachments, strict=True)}
-        elif form == "stored" and stored is not None:
-            held = weight_files.opened(Path(self._files), stored, [item.name for item in items])
         else:
-            raise JobError("secret weights come as values of their own, not with the plan")
+            held = weight_files.opened(Path(self._files), str(stored), [item.name for item in items])
         self._plans[command.name] = (plan, held)
 
     @property
