@@ -87,7 +87,7 @@ def test_happy_path_and_pair_keys(cluster: LocalCluster) -> None:
             replies = [header for header, _ in session.send(call(rounds=20))]
             pairs = [{int(k): v for k, v in reply["keys"].items()} for reply in replies]
             assert all(pairs[i][j] == pairs[j][i] for i in range(3) for j in range(3) if i != j)
-            assert replies[0]["options"] == {"tiles": 4}
+            assert replies[0]["options"]["tiles"] == 4
             assert all(sent > 8000 for sent in session.bytes_sent)
             keys += [key for pair in pairs for key in pair.values()]
     assert len(set(keys)) == 6  # three pairs, fresh in every session

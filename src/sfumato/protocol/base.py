@@ -122,7 +122,10 @@ class Protocol(ABC):
         scale if f changes it.
         """
         ring = self._same_ring(*xs)
-        parts = tuple(f(*components) for components in zip(*(x.parts for x in xs), strict=True))
+        # torch sums int32 words into int64; the ring's words are what is left mod 2^k.
+        parts = tuple(
+            f(*components).to(ring.dtype) for components in zip(*(x.parts for x in xs), strict=True)
+        )
         return Shared(Secret(ring, xs[0].frac if frac is None else frac, tuple(parts[0].shape)), parts)
 
     @abstractmethod

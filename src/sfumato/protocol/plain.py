@@ -51,7 +51,7 @@ class Plain(Protocol):
 
     async def bilinear(self, s: Session, f: Bilinear, x: Shared, y: Shared) -> Shared:
         ring = self._same_ring(x, y)
-        words = f(x.parts[0], y.parts[0])
+        words = f(x.parts[0], y.parts[0]).to(ring.dtype)
         return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:

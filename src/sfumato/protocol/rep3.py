@@ -109,7 +109,7 @@ class Rep3(Protocol):
         """
         ring = self._same_ring(x, y)
         (a, b), (c, d) = x.parts, y.parts
-        z = _plus(ring, f(a, _plus(ring, c, d)), f(b, c))
+        z = _plus(ring, f(a, _plus(ring, c, d)), f(b, c)).to(ring.dtype)
         shape = tuple(z.shape)
         z = _plus(ring, z, zero_share(s, ring, shape))
         before, after = (s.party - 1) % 3, (s.party + 1) % 3

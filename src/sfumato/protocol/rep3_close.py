@@ -48,7 +48,7 @@ class Additive:
             return Additive(None, shape)
         first, second = x.parts
         summed = s.local(x.shape, x.ring.dtype, lambda: first + second) if s.role == 0 else second
-        words = f(summed)
+        words = f(summed).to(x.ring.dtype)
         if tuple(words.shape) != shape:
             raise TypeMismatch(
                 f"a linear map gave shape {list(words.shape)} where {list(shape)} was declared"
@@ -85,6 +85,7 @@ async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shar
         z = f(a, d) + f(b, c + d)
     else:
         z = f(a, d) + f(b, c)
+    z = z.to(ring.dtype)
     shape = tuple(z.shape)
     bits = ring.bits
     if role == 1:
