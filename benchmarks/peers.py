@@ -154,8 +154,9 @@ after a warm-up. CPU bound is max(largest party, sum / cores): the wall time of 
 cores when the network costs nothing. Other jobs shared the machine, so compare CPU and bytes, not wall
 time. MB are the payload of all three parties together. Under each peer: how many times *its* CPU
 seconds and its bytes on the wire (each summed over its parties) are ours; above 1 it takes more. `*`:
-measured on this machine within the hour, as loaded as ours; otherwise earlier, on a machine of the same
-kind. CrypTen's figures leave out the making of its triples.
+measured on this machine two hours before, while other jobs took most of it, ours on a quiet machine:
+against SPU's quieter figures on a machine of the same kind (18.2 and 24.8 CPU s) the two `*` rows are 9.1x
+and 18x. Otherwise: earlier, on a machine of the same kind; rows other than unet and bert ours, too, under load. CrypTen's figures leave out the making of its triples.
 """
 
 
