@@ -156,7 +156,8 @@ time. MB are the payload of all three parties together. Under each peer: how man
 seconds and its bytes on the wire (each summed over its parties) are ours; above 1 it takes more. `*`:
 measured on this machine two hours before, while other jobs took most of it, ours on a quiet machine:
 against SPU's quieter figures on a machine of the same kind (18.2 and 24.8 CPU s) the two `*` rows are 9.1x
-and 18x. Otherwise: earlier, on a machine of the same kind; rows other than unet and bert ours, too, under load. CrypTen's figures leave out the making of its triples.
+and 18x. Otherwise: earlier, on a machine of the same kind; rows other than unet and bert ours, too,
+under load. CrypTen's figures leave out the making of its triples.
 """
 
 
