@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -252,9 +252,6 @@ class Program:
     def digest(self) -> str:
         """Hex BLAKE2b over the canonical JSON; the same on every machine."""
         return digest_of(self.to_json())
-
-    def with_weights(self, weights: Mapping[str, Tensor]) -> Program:
-        return replace(self, weights=weights)
 
     def verify(self) -> None:
         """Check that names are unique and defined before use, shapes are plain and targets well-formed.

@@ -22,7 +22,6 @@ from sfumato.ops.tiles import (
     elementwise,
     in_thirds,
     narrow,
-    narrow_tensor,
     thirds,
 )
 from sfumato.protocol.base import Protocol
@@ -395,7 +394,7 @@ async def conv(
     else:
         branches = []
         for i, (low, high) in enumerate(thirds(shape[1])):
-            kernel = narrow(p, w, 0, low, high) if isinstance(w, Shared) else narrow_tensor(w, 0, low, high)
+            kernel = narrow(p, w, 0, low, high) if isinstance(w, Shared) else w.narrow(0, low, high - low)
             part = None if addend is None else narrow(p, addend, 1, low, high)
             branches.append(_turned(step, s.turn + i, x, kernel, part))
         z = concatenate(p, await s.gather(*branches), 1)

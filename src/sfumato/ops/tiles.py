@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
@@ -87,7 +86,3 @@ def thirds(length: int) -> list[tuple[int, int]]:
 def narrow(p: Protocol, x: Shared, axis: int, start: int, stop: int) -> Shared:
     """A slice of one axis. Local."""
     return p.linear(lambda part: part.narrow(axis, start, stop - start), x)
-
-
-def narrow_tensor(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    return x.narrow(axis, start, stop - start)

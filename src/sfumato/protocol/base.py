@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.errors import TypeMismatch
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
-from sfumato.types import B8, Z32, Z64, Ring, Secret, Shared, TruncationError
+from sfumato.types import Z32, Z64, Ring, Secret, Shared, TruncationError
 
 __all__ = ["Bilinear", "Linear", "Protocol", "Series", "Window"]
 
@@ -267,7 +267,3 @@ class Protocol(ABC):
 def plane_bytes(count: int) -> int:
     """Bytes of a bit plane of ``count`` elements."""
     return -(-count // 8)
-
-
-def plane_type(count: int) -> Secret:
-    return Secret(B8, 0, (plane_bytes(count),))

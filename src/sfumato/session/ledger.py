@@ -9,11 +9,10 @@ __all__ = ["Ledger", "Row"]
 
 @dataclass(slots=True)
 class Row:
-    """Payload bytes and messages that this party sent under one path, and the rounds that the path added."""
+    """Payload bytes and messages that this party sent under one path."""
 
     bytes_sent: int = 0
     sends: int = 0
-    rounds: int = 0
 
 
 @dataclass(slots=True)
