@@ -3,9 +3,10 @@ machine.
 
     python benchmarks/sd15.py --size small        # seconds: the same code on a small configuration
     python benchmarks/sd15.py                     # the real size, random weights, then rescaled ones
+    python benchmarks/sd15.py --pixels 512 --estimate    # bytes and rounds alone
 
-Random weights, public, in half precision; 128x128 pixels (latent 16x16), batch 1, three processes over
-mutual TLS. The second variant rescales weights so that residual activations pass 100 and attention
+Random weights, public, in half precision; 128x128 pixels or more (latents an eighth of it), batch 1, three processes
+over mutual TLS. The second variant rescales weights so that residual activations pass 100 and attention
 logits pass 20, as in trained checkpoints. A variant that is in the record already is skipped. Results:
 results/sd15.json and .md.
 """
@@ -29,6 +30,7 @@ from watch import Watch
 import sfumato as sf
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.graph.plan import Plan, client_side
+from sfumato.graph.prices import priced
 from sfumato.runtime.backend import Backend, open_backend
 
 RECORD, PAGE = common.RESULTS / "sd15.json", common.RESULTS / "sd15.md"
@@ -57,11 +59,11 @@ def build(size: str, rescaled: bool, seed: int = 0) -> UNet2DConditionModel:
     return unet
 
 
-def arguments(unet: nn.Module, seed: int) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+def arguments(unet: nn.Module, seed: int, pixels: int) -> tuple[tuple[Tensor], dict[str, Tensor]]:
     """A latent and a text embedding of ordinary size."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
-    sample = torch.randn(1, 4, 16, 16, generator=generator)
+    sample = torch.randn(1, 4, pixels // 8, pixels // 8, generator=generator)
     return (sample,), {"timestep": torch.tensor(TIMESTEP), "encoder_hidden_states": text}
 
 
@@ -111,20 +113,20 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 # ---- one variant -------------------------------------------------------------------------------------------
 
 
-def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, Any]:
-    """One variant: its record."""
+def measure(size: str, rescaled: bool, profile: str, pixels: int, backend: str | None) -> dict[str, Any]:
+    """One variant: its record; without ``backend`` the estimate alone."""
     name = "rescaled" if rescaled else "random"
     say(f"{name}: building {size}")
     unet = build(size, rescaled)
     denoiser = Denoiser(unet, guided=False).eval()
-    args, kwargs = arguments(unet, seed=1)
+    args, kwargs = arguments(unet, 1, pixels)
     with torch.inference_mode(), Maxima(unet) as maxima:
         exact = denoiser(*args, **kwargs)
     parameters = sum(p.numel() for p in unet.parameters())
     tops = f"residual up to {maxima.residual:.1f}, logits up to {maxima.logit:.1f}"
     say(f"{parameters / 1e6:.0f} M parameters; {tops}")
     started = time.perf_counter()
-    plan = _plan(unet, denoiser, profile)
+    plan = _plan(unet, denoiser, profile, pixels)
     plan_s = time.perf_counter() - started
     say(f"plan made in {plan_s:.1f} s; " + "; ".join(plan.notes)[:300])
     estimate = _estimated(plan, args, kwargs)
@@ -132,6 +134,7 @@ def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, 
         "variant": name,
         "size": size,
         "profile": profile,
+        "pixels": pixels,
         "parameters": parameters,
         "residual_max": maxima.residual,
         "logit_max": maxima.logit,
@@ -139,6 +142,8 @@ def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, 
         "estimate": estimate,
     }
     say(f"estimate: {estimate['rounds']:,} rounds, {common.size(sum(estimate['bytes_per_party']))}")
+    if backend is None:
+        return record
     record |= _run(plan, args, kwargs, exact, backend)
     record["estimate_exact"] = (
         estimate["rounds"] == record["rounds"] and estimate["bytes_per_party"] == record["bytes_per_party"]
@@ -146,18 +151,18 @@ def measure(size: str, rescaled: bool, profile: str, backend: str) -> dict[str, 
     return record
 
 
-def _plan(unet: nn.Module, denoiser: nn.Module, profile: str) -> Plan:
+def _plan(unet: nn.Module, denoiser: nn.Module, profile: str, pixels: int) -> Plan:
     """In half precision, so that the parties map 2 bytes a weight; calibrated on two other inputs."""
     unet.half()
     gc.collect()
-    (sample,), kwargs = arguments(unet, seed=1)
+    (sample,), kwargs = arguments(unet, 1, pixels)
     traced = {"timestep": kwargs["timestep"], "encoder_hidden_states": kwargs["encoder_hidden_states"].half()}
     program = sf.capture(denoiser, (sample.half(),), traced)
     return sf.make_plan(
         program,
         client_known=("encoder_hidden_states",),
         profile=profile,
-        calibration=[arguments(unet, seed) for seed in (2, 3)],
+        calibration=[arguments(unet, seed, pixels) for seed in (2, 3)],
     )
 
 
@@ -180,6 +185,9 @@ def _estimated(plan: Plan, args: Any, kwargs: Mapping[str, Any]) -> dict[str, An
         "sends_per_party": list(report.sends),
         "client_bytes": report.client_bytes,
         "setup_bytes": report.setup_bytes,
+        "peak_memory": list(report.peak_memory),
+        "budget_bytes": priced(plan).budget_bytes,
+        "spu_bytes": priced(plan).spu_bytes,
         "largest_paths": grouped,
     }
 
@@ -208,6 +216,7 @@ def _run(plan: Plan, args: Any, kwargs: Mapping[str, Any], exact: Tensor, kind: 
         "setup_bytes": after.setup_bytes,
         "peak_memory_per_party": watch.peak_resident,
         "peak_private_memory": watch.peak_private,
+        "peak_pss": watch.peak_pss,
         "output_max": float(exact.abs().max()),
         **common.error_against(exact, found),
     }
@@ -224,23 +233,23 @@ def say(text: str) -> None:
 
 _TOP = """# Stable Diffusion 1.5's U-Net, one evaluation
 
-The full configuration (860 M parameters) with random weights, 128x128 pixels (latent 16x16), batch 1,
-profile `precise`. Weights public, in half precision, in one file that the parties map; the latent
-secret; the text's keys and values are computed by the client and shared. Three party processes over
-mutual TLS on one machine. "Rescaled" multiplies weights so that residual activations and attention
-logits are as large as in trained checkpoints. Calibrated on two other inputs. The error is against the
-same module in float32. Private memory: what a process holds beside mapped files.
+The full configuration (860 M parameters) with random weights, batch 1. Weights public, in half precision, in one file
+that the parties map; the latent secret; the text's keys and values are computed by the client and shared. Three party
+processes over mutual TLS on one machine. "Rescaled" multiplies weights so that residual activations and attention
+logits are as large as in trained checkpoints. Calibrated on two other inputs. The error is against the same module in
+float32. PSS counts a page that several processes share once. "Of the budget": bytes over those of the same operations
+at the prices of docs/design/003.
 """
 
 
 def page(record: Mapping[str, Any]) -> str:
     """The markdown page of a record."""
     header = [
-        "variant", "max residual", "max logit", "wall s (others)", "CPU s a party", "sent, all parties",
-        "rounds", "peak memory a party", "private", "max / rel error",
+        "variant", "pixels", "profile", "max residual", "max logit", "wall s (others)", "CPU s a party",
+        "sent, all parties", "of the budget", "rounds", "peak PSS, all parties", "private, a party", "max / rel error",
     ]  # fmt: skip
     rows = [_row(v) for v in record["variants"] if v["size"] == "sd15"]
-    exact = all(v["estimate_exact"] for v in record["variants"])
+    exact = all(v.get("estimate_exact", True) for v in record["variants"])
     text = (
         "Bytes and rounds equal the estimate made before the run." if exact else "An estimate was NOT exact."
     )
@@ -249,12 +258,21 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def _row(v: Mapping[str, Any]) -> list[str]:
+    estimate = v["estimate"]
+    sent = sum(estimate["bytes_per_party"])
+    start = [
+        v["variant"],
+        str(v["pixels"]),
+        v["profile"],
+        common.number(v["residual_max"]),
+        common.number(v["logit_max"]),
+    ]
+    cost = [common.size(sent), f"{sent / estimate['budget_bytes']:.2f}", f"{estimate['rounds']:,}"]
+    if "wall_s" not in v:
+        return [*start, "estimate", "", *cost, "", "", ""]
     return [
-        v["variant"], common.number(v["residual_max"]), common.number(v["logit_max"]),
-        f"{v['wall_s']:.0f} ({v['foreign_cpu']:.0%})", ", ".join(f"{c:.0f}" for c in v["cpu_s_per_party"]),
-        common.size(sum(v["bytes_per_party"])), f"{v['rounds']:,}",
-        common.size(max(v["peak_memory_per_party"])),
-        common.size(max(v["peak_private_memory"], default=0)),
+        *start, f"{v['wall_s']:.0f} ({v['foreign_cpu']:.0%})", ", ".join(f"{c:.0f}" for c in v["cpu_s_per_party"]),
+        *cost, common.size(v["peak_pss"]), common.size(max(v["peak_private_memory"], default=0)),
         f"{common.number(v['max_abs_err'], 2)} / {common.number(v['rel_l2_err'], 2)}",
     ]  # fmt: skip
 
@@ -264,6 +282,8 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="sd15")
     parser.add_argument("--variants", default="random,rescaled")
     parser.add_argument("--profile", default="precise")
+    parser.add_argument("--pixels", type=int, default=128)
+    parser.add_argument("--estimate", action="store_true", help="bytes and rounds alone, without a run")
     parser.add_argument("--backend", choices=("local", "simulate", "plain"), default="local")
     parser.add_argument(
         "--again", action="store_true", help="measure variants that are in the record already"
@@ -272,12 +292,13 @@ def main() -> None:
     args = parser.parse_args()
     record = json.loads(args.out.read_text()) if args.out.exists() else {"variants": []}
     for variant in args.variants.split(","):
-        key = (variant, args.size, args.profile)
-        known = [v for v in record["variants"] if (v["variant"], v["size"], v["profile"]) == key]
+        key = (variant, args.size, args.profile, args.pixels)
+        known = [v for v in record["variants"] if (v["variant"], v["size"], v["profile"], v["pixels"]) == key]
         if known and not args.again:
             say(f"{variant} is in {args.out.name} already; --again measures it anew")
             continue
-        own = measure(args.size, variant == "rescaled", args.profile, args.backend)
+        backend = None if args.estimate else args.backend
+        own = measure(args.size, variant == "rescaled", args.profile, args.pixels, backend)
         record["variants"] = [v for v in record["variants"] if v not in known] + [own]
         record["machine"] = common.machine()
         common.write_json(args.out, record)

@@ -15,13 +15,15 @@ _SAMPLE_S, _LINE_S = 0.5, 20.0
 class Watch:
     """Samples this process's children in a ``with`` block.
 
-    ``peak_private``: most bytes beside mapped files; ``peak_resident``: with them. In the order of process ids.
+    ``peak_private``: most bytes beside mapped files; ``peak_resident``: with them, in the order of process ids.
+    ``peak_pss``: most bytes of all children together, a page that several share counted once.
     A child's own ``ru_maxrss`` would not do: on Linux it starts from that of the process that forked it.
     """
 
     def __init__(self, *, silent: bool = False) -> None:
         self._private: dict[int, int] = {}
         self._resident: dict[int, int] = {}
+        self.peak_pss = 0
         self._silent = silent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -47,6 +49,7 @@ class Watch:
     def _loop(self) -> None:
         started = spoken = time.monotonic()
         while not self._stop.wait(_SAMPLE_S):
+            self.peak_pss = max(self.peak_pss, sum(_pss(pid) for pid in _children()))
             for pid in _children():
                 found = _sizes(pid)
                 self._private[pid] = max(self._private.get(pid, 0), found.get("RssAnon", 0))
@@ -76,3 +79,12 @@ def _sizes(pid: int) -> dict[str, int]:
         return {}
     fields = (line.split() for line in lines if line.endswith("kB"))
     return {name.rstrip(":"): int(size) * 1024 for name, size, _ in fields}
+
+
+def _pss(pid: int) -> int:
+    """A process's proportional share of its pages, in bytes; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -6,9 +6,10 @@ checked for value, cost, meta run, schedule, views and mutations by the tests of
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from sfumato.link.base import Link
 from sfumato.protocol import cost, rep3_bits
-from sfumato.protocol.base import Protocol, Series, Window
+from sfumato.protocol.base import Exponential, Protocol, Series, Window
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring import kernels
+from sfumato.ring.planes import to_planes
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulate, simulation_keys
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
@@ -179,14 +181,52 @@ async def _cast_down(r: Run) -> Shared:
 
 WINDOW = Window(0, 10)
 SHIFTED = Window(6, 7)
+#: One block, so no opening before the sign; two levels of openings.
+NARROW, WIDE = Window(0, 4), Window(0, 25)
 
 
-async def _less(r: Run) -> Shared:
-    return await r.p.less_than_zero(r.s, r.x[0], WINDOW)
+def _less(window: Window) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+    async def run(r: Run) -> Shared:
+        return await r.p.less_than_zero(r.s, r.x[0], window)
+
+    return run
 
 
-async def _less_shifted(r: Run) -> Shared:
-    return await r.p.less_than_zero(r.s, r.x[0], SHIFTED)
+def _sign_bits(window: Window) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+    async def run(r: Run) -> Shared:
+        return await r.p.sign_bits(r.s, r.x[0], window)
+
+    return run
+
+
+async def _select_negative(r: Run) -> Shared:
+    return await r.p.select_negative(r.s, r.x[0], WINDOW)
+
+
+async def _select_negative_narrow(r: Run) -> Shared:
+    return await r.p.select_negative(r.s, r.x[0], NARROW, r.x[1])
+
+
+async def _select_negative_of_two(r: Run) -> Shared:
+    y = r.p.linear(lambda a, b: torch.stack([a, b]), r.x[1], r.x[2])
+    return await r.p.select_negative(r.s, r.x[0], WINDOW, y)
+
+
+def _select_largest(window: Window) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+    async def run(r: Run) -> Shared:
+        return await r.p.select_largest(r.s, r.x[0], window, r.x[1] if len(r.x) > 1 else None)
+
+    return run
+
+
+def _at_largest(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+    first = np.asarray(np.argmax(words[0].numpy(), 0))  # of several, the first one wins
+    picked = np.take_along_axis(words[-1].numpy(), first[None], 0)
+    return torch.from_numpy(picked).squeeze(0), 0, 0
+
+
+def _candidates(count: int) -> Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]]:
+    return lambda shape: [(count, *shape)] * 2
 
 
 async def _select(r: Run) -> Shared:
@@ -207,32 +247,96 @@ async def _bits_to_words(r: Run) -> Shared:
     return await r.p.bits_to_words(r.s, plane, r.ring, (plane.shape[0] * 8,))
 
 
-SINES = Series(-4, 4, 0.5, 4, 0.25, 1.5, 0.0, (0.5, -0.125), (-0.25, 0.0625), 0.0)
-SQUARE = Series(-4, 4, 0.0, 4, -1.0, 0.5, 0.25, (0.75,), (0.0,), 0.0)
-FRAC = 14
+#: One centre, period and word, so that one opening serves them all; words of 46 bits.
+SINES = Series(
+    -4, 4, 0.5, 4, 1, 0.25, 0.0, 0, (0.5, -0.125), (-0.25, 0.0625), 20, 22, 46, 0.0
+)  # fmt: skip
+#: A dense period and a straight line; other scales share no opening with SINES.
+LINE = Series(-4, 4, 0.0, 7, 13, -1.0, 0.5, 1, (0.75, 0.5, 0.25), (0.0, -1.5, 0.125), 19, 21, 44, 0.0)
+OTHERS = (
+    SINES,
+    replace(SINES, constant=-2.0, linear=-1.5, linear_frac=1, cos=(1.0,), sin=(0.5,)),
+    replace(SINES, cos=(0.0, 0.5), sin=(1.5, 0.0)),
+)
+#: Words of 32 and of 28 bits, for values in Z32.
+SHORT = Series(-4, 4, 0.5, 4, 1, 0.25, 0.25, 2, (0.5, -0.125), (-0.25, 0.0625), 12, 14, 32, 0.0)
+SHORTER = Series(-4, 4, 0.0, 6, 5, 0.25, 0.0, 0, (0.5, -0.125), (-0.25, 0.0625), 10, 12, 28, 0.0)
+FRAC, OUT = 14, 9
 
 
-def _evaluate(series: Series) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+def _twofold(p: Protocol, two_way: bool) -> Protocol:
+    return Rep3(fused=p.fused, two_way=True) if two_way and p.parties == 3 else p
+
+
+def _evaluate(
+    series: Sequence[Series], to: Ring | None = None, *, two_way: bool = False, out: int = OUT
+) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
     async def run(r: Run) -> Shared:
-        return await r.p.evaluate(r.s, series, r.x[0].viewed(FRAC), frac=12)
+        p = _twofold(r.p, two_way)
+        found = await p.evaluate_all(r.s, series, r.x[0].viewed(FRAC), frac=out, ring=to)
+        return found[0] if len(found) == 1 else p.linear(lambda *parts: torch.stack(parts), *found)
 
     return run
 
 
-def _evaluated(series: Series) -> Callable[[Words, Ring], tuple[Tensor, int, int]]:
+def _evaluated(
+    series: Sequence[Series], out: int = OUT
+) -> Callable[[Words, Ring], tuple[Tensor, int, int]]:
     def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
-        exact = series(words[0].to(torch.float64) / 2.0**FRAC)
-        # Dealt sines carry 2^-22 a unit of coefficient: far below half a unit of 2^-12.
-        return (exact * 2.0**30).round().to(torch.int64), 18, 1 << 9
+        exact = [g(words[0].to(torch.float64) / 2.0**FRAC) for g in series]
+        slack = math.ceil(7 * max(g.noise for g in series) * 2.0**30)
+        stacked = exact[0] if len(exact) == 1 else torch.stack(exact)
+        return (stacked * 2.0**30).round().to(torch.int64), 30 - out, slack + 2
 
     return expect
 
 
-def _evaluate_sizes(series: Series) -> Callable[[Ring], Mapping[str, int]]:
-    return lambda ring: {
-        "f": FRAC, "out": 12, "period": series.period_log2, "harmonics": len(series.cos),
-        "squared": int(series.quadratic != 0)
-    }  # fmt: skip
+def _case_evaluate(
+    name: str, *series: Series, rings: tuple[Ring, ...] = (Z64,), to: Ring | None = None, two_way: bool = False,
+    out: int = OUT,
+) -> Case:  # fmt: skip
+    def sizes(ring: Ring) -> Mapping[str, int]:
+        first = series[0]
+        return {
+            "opened": first.period_log2 + FRAC, "harmonics": max(len(g.cos) for g in series), "word": first.word,
+            "scale": first.scale, "out": out, "k": (to or ring).bits, "two_way": int(two_way), "count": len(series),
+        }  # fmt: skip
+
+    run = _evaluate(series, to, two_way=two_way, out=out)
+    protocols = ("rep3", "plain") if two_way else ("rep3", "rep3-moves", "plain")
+    return Case(
+        name, run, _evaluated(series, out), "evaluate", sizes, bits=(15,), rings=rings, protocols=protocols
+    )
+
+
+#: Arguments in (-2, 2) with 14 fraction bits. Words: 50, 44 and, for Z32 too, 32 bits.
+EXPONENTIALS = (
+    Exponential(-2.0, 2.0, FRAC, 15, 21, 1, 18, 44, 50, 2.0**-16),
+    Exponential(-2.0, 2.0, FRAC, 11, 20, 2, 17, 38, 44, 2.0**-15),
+    Exponential(-2.0, 2.0, FRAC, 13, 20, 3, 12, 26, 32, 2.0**-10),
+)
+
+
+def _case_exponential(
+    name: str, spec: Exponential, *, rings: tuple[Ring, ...] = (Z64,), to: Ring | None = None, two_way: bool = False,
+) -> Case:  # fmt: skip
+    async def run(r: Run) -> Shared:
+        p = _twofold(r.p, two_way)
+        return await p.exponential(r.s, spec, r.x[0].viewed(FRAC), frac=OUT, ring=to)
+
+    def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+        exact = torch.exp(words[0].to(torch.float64) / 2.0**FRAC)
+        return (exact * 2.0**30).round().to(torch.int64), 30 - OUT, math.ceil(spec.error * math.e**2 * 2.0**30)
+
+    def sizes(ring: Ring) -> Mapping[str, int]:
+        return {
+            "opened": spec.opened, "blocks": spec.blocks, "word": spec.word, "scale": spec.frac_out, "out": OUT,
+            "k": (to or ring).bits, "two_way": int(two_way),
+        }  # fmt: skip
+
+    return Case(
+        name, run, expect, "exponential", sizes, bits=(15,), rings=rings, protocols=("rep3", "plain")
+    )
 
 
 def _from_planes(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
@@ -250,6 +354,14 @@ def _broadcast(shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
 
 def _fixed(*shapes: tuple[int, ...]) -> Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]]:
     return lambda shape: shapes
+
+
+def _negative(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+    return (words[0] < 0).to(ring.dtype), 0, 0
+
+
+def _sign_plane(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+    return to_planes(words[0], 1, ring.bits - 1)[0], 0, 0
 
 
 def _window(ring: Ring, window: Window = WINDOW) -> dict[str, int]:
@@ -309,14 +421,50 @@ CASES: tuple[Case, ...] = (
     Case("cast up", _cast_up, lambda w, r: (w[0].long(), 0, 0), "cast up", bits=(30,), rings=(Z32,)),
     Case("cast down", _cast_down, lambda w, r: (w[0].int(), 0, 0), "cast down", bits=(30,), rings=(Z64,)),
     Case(
-        "less_than_zero", _less, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0), "less_than_zero", _window,
-        bits=(9,),
+        "sign_bits", _sign_bits(WINDOW), _sign_plane, "sign_bits", _window, bits=(9,),
+        unfused="sign_bits, not fused",
+    ),
+    Case(
+        "sign_bits, narrow", _sign_bits(NARROW), _sign_plane, "sign_bits", lambda r: _window(r, NARROW),
+        bits=(3,), unfused="sign_bits, not fused",
+    ),
+    Case(
+        "less_than_zero", _less(WINDOW), _negative, "less_than_zero", _window, bits=(9,),
+        unfused="less_than_zero, not fused",
     ),
     Case(
         # Words are even multiples of the window's unit and a half: outside its error band.
-        "less_than_zero, shifted", _less_shifted, lambda w, r: ((w[0] < 0).to(r.dtype), 0, 0),
-        "less_than_zero",
-        lambda r: _window(r, SHIFTED), bits=(-6,),
+        "less_than_zero, shifted", _less(SHIFTED), _negative, "less_than_zero",
+        lambda r: _window(r, SHIFTED), bits=(-6,), unfused="less_than_zero, not fused",
+    ),
+    Case(
+        "less_than_zero, narrow", _less(NARROW), _negative, "less_than_zero", lambda r: _window(r, NARROW),
+        bits=(3,), unfused="less_than_zero, not fused",
+    ),
+    Case(
+        "less_than_zero, wide", _less(WIDE), _negative, "less_than_zero", lambda r: _window(r, WIDE),
+        bits=(24,), unfused="less_than_zero, not fused",
+    ),
+    Case(
+        "select_negative", _select_negative, lambda w, r: (w[0].clamp(max=0), 0, 0), "select_negative",
+        _window, bits=(9,), unfused="select_negative, not fused",
+    ),
+    Case(
+        "select_negative, narrow", _select_negative_narrow, lambda w, r: (torch.where(w[0] < 0, w[1], 0), 0, 0),
+        "select_negative", lambda r: _window(r, NARROW), bits=(3, 29), unfused="select_negative, not fused",
+    ),
+    Case(
+        "select_negative of two", _select_negative_of_two,
+        lambda w, r: (torch.where(w[0] < 0, torch.stack([w[1], w[2]]), 0), 0, 0), "select_negative",
+        lambda r: _window(r) | {"ys": 2}, bits=(9, 29, 29), protocols=("rep3", "plain"),
+    ),
+    *(
+        Case(
+            f"select_largest of {r}{', narrow' * (window is NARROW)}", _select_largest(window), _at_largest,
+            "select_largest", lambda ring, r=r, window=window: _window(ring, window) | {"r": r}, bits=bits,
+            shapes=_candidates(r), protocols=("rep3", "plain"),
+        )
+        for r in (3, 4) for window, bits in ((WINDOW, (8,)), (NARROW, (2, 29)))
     ),
     Case("select", _select, lambda w, r: (w[0] * w[1], 0, 0), "select", bits=(0, 29)),
     Case(
@@ -324,7 +472,7 @@ CASES: tuple[Case, ...] = (
         bits=(0, 29, 29),
     ),
     Case(
-        "to_bits", _to_bits, lambda w, r: (rep3_bits.to_planes(w[0], WINDOW.bits), 0, 0), "to_bits",
+        "to_bits", _to_bits, lambda w, r: (to_planes(w[0], WINDOW.bits), 0, 0), "to_bits",
         _window, bits=(9,),
         protocols=("rep3",),
     ),
@@ -332,15 +480,24 @@ CASES: tuple[Case, ...] = (
         "bits_to_words", _bits_to_words, _from_planes, "bits_to_words", bits=(8,), source={0: B8},
         shapes=_bytes,
     ),
-    Case(
-        "evaluate, sines", _evaluate(SINES), _evaluated(SINES), "evaluate", _evaluate_sizes(SINES),
-        bits=(15,), rings=(Z64,),
-    ),
-    Case(
-        "evaluate, square", _evaluate(SQUARE), _evaluated(SQUARE), "evaluate", _evaluate_sizes(SQUARE),
-        bits=(15,),
-        rings=(Z64,),
-    ),
+    _case_evaluate("evaluate", SINES),
+    _case_evaluate("evaluate, two ways", SINES, two_way=True),
+    _case_evaluate("evaluate, a line", LINE),
+    _case_evaluate("evaluate, three series", *OTHERS),
+    _case_evaluate("evaluate, three series, two ways", *OTHERS, two_way=True),
+    _case_evaluate("evaluate, Z32", SHORT, rings=(Z32,)),
+    _case_evaluate("evaluate, Z32 to Z64", SHORTER, rings=(Z32,), to=Z64),
+    _case_evaluate("evaluate, Z64 to Z32", SINES, to=Z32),
+    _case_evaluate("evaluate, no wrap in sight", SINES, to=Z32, out=28),
+    # The sum has fewer fraction bits than the result.
+    _case_evaluate("evaluate, finer than its scale", SHORTER, rings=(Z64, Z32), out=24),
+    _case_exponential("exponential", EXPONENTIALS[0]),
+    _case_exponential("exponential, two ways", EXPONENTIALS[0], two_way=True),
+    _case_exponential("exponential, two block bits", EXPONENTIALS[1]),
+    _case_exponential("exponential, three block bits, Z32", EXPONENTIALS[2], rings=(Z32, Z64)),
+    _case_exponential("exponential, three block bits, two ways", EXPONENTIALS[2], two_way=True),
+    _case_exponential("exponential, Z32 to Z64", EXPONENTIALS[2], rings=(Z32,), to=Z64),
+    _case_exponential("exponential, Z64 to Z32", EXPONENTIALS[1], to=Z32),
 )  # fmt: skip
 
 

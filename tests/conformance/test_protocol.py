@@ -20,6 +20,7 @@ from protocol_suite import CASES, PROTOCOLS, SHAPES, Case
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.protocol import cost, rep3_bits
 from sfumato.protocol.base import Protocol, Window
+from sfumato.ring.planes import from_plane, to_planes
 from sfumato.session.drive import simulate
 from sfumato.session.session import Session
 from sfumato.types import B64, Z32, Z64, Ring, Shared
@@ -31,6 +32,9 @@ COMBINATIONS = [
     for ring in case.rings
     if name in case.protocols
 ]
+
+
+COUNTED_BY_INPUT = ("evaluate", "exponential", "to_bits", "sign_bits", "less_than_zero", "select_negative")
 
 
 def check_value(result: torch.Tensor, case: Case, words: list[torch.Tensor], ring: Ring) -> None:
@@ -68,12 +72,12 @@ def test_value_and_cost(name: str, case: Case, ring: Ring) -> None:
             continue
         told = suite.declared(p, case, ring)
         # Comparisons and openings are counted by the elements that go in, products by those that come out.
-        count = words[0].numel() if case.move in ("to_bits", "less_than_zero") else outputs[0].type.numel
+        count = words[0].numel() if case.move in COUNTED_BY_INPUT else outputs[0].type.numel
         by_role = told.bytes_by_role(count)
         first = turn if case.relative_owner is None else case.relative_owner
         assert [ledgers[(role + first) % 3].bytes_sent for role in range(3)] == list(by_role)
         assert max(ledger.rounds for ledger in ledgers) == told.rounds
-        assert sum(ledger.sends for ledger in ledgers) == len(told.messages)
+        assert sum(ledger.messages for ledger in ledgers) == len(told.messages)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +92,24 @@ def test_value_and_cost(name: str, case: Case, ring: Ring) -> None:
         ("truncate", {"k": 32, "f": 12}, 78, 2),
         ("cast up", {}, 162, 2),
         ("cast down", {}, 0, 0),
-        ("sign_bits", {"m": 16}, 118, 6),
+        ("sign_bits", {"m": 16}, 97, 3),
+        ("sign_bits, not fused", {"m": 16}, 118, 6),
+        ("less_than_zero", {"k": 64, "m": 12}, 62 + 3 * 64 + 2, 4),
+        ("less_than_zero", {"k": 64, "m": 16}, 95 + 3 * 64 + 2, 4),
+        ("less_than_zero", {"k": 64, "m": 40}, 239 + 3 * 64 + 2, 5),
+        ("select_negative", {"k": 64, "m": 8}, 34 + 4 * 64 + 2, 4),
+        ("select_negative", {"k": 64, "m": 16}, 353, 4),
+        ("select_negative", {"k": 32, "m": 16}, 225, 4),
+        ("select_negative", {"k": 64, "m": 16, "ys": 2}, 353 + 192, 4),
+        ("select_largest", {"k": 64, "m": 16, "r": 3}, 681, 5),
+        ("select_largest", {"k": 64, "m": 16, "r": 4}, 1113, 5),
+        ("select_largest", {"k": 32, "m": 16, "r": 4}, 857, 5),
         ("bits_to_words", {"k": 64}, 194, 2),
         ("to_bits", {"m": 32}, 544, 7),
-        ("evaluate", {"f": 18, "out": 18, "period": 4, "harmonics": 8, "squared": 1}, 1316, 3),
-        ("evaluate", {"f": 18, "out": 18, "period": 5, "harmonics": 8, "squared": 0}, 1211, 3),
+        ("truncate", {"k": 46, "f": 24, "out": 64}, 128 + 42 + 2, 2),
+        ("truncate", {"k": 46, "f": 14, "out": 32}, 64, 1),
+        ("evaluate", {"opened": 26, "harmonics": 11, "word": 36, "scale": 33, "out": 18, "k": 64}, 991, 3),
+        ("exponential", {"opened": 26, "blocks": 1, "word": 50, "scale": 39, "out": 30, "k": 64}, 279, 3),
     ],
 )
 def test_the_declared_totals(move: str, sizes: dict[str, int], bits: int, rounds: int) -> None:
@@ -338,10 +355,10 @@ def test_a_window_outside_the_ring_is_refused(name: str) -> None:
 @given(words=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=20), bits=st.integers(1, 64))
 def test_planes_round_trip(words: list[int], bits: int) -> None:
     tensor = torch.tensor(words, dtype=torch.int64)
-    planes = rep3_bits.to_planes(tensor, bits)
+    planes = to_planes(tensor, bits)
     assert planes.shape == (bits, -(-len(words) // 8))
     for j in range(bits):
-        assert torch.equal(rep3_bits.from_plane(planes[j], (len(words),), torch.int64), (tensor >> j) & 1)
+        assert torch.equal(from_plane(planes[j], (len(words),), torch.int64), (tensor >> j) & 1)
 
 
 @settings(max_examples=20, deadline=None)
@@ -362,7 +379,7 @@ def test_to_bits_of_any_words(words: list[int], shift: int, m: int, turn: int) -
 
     outputs, _ = simulate(main)
     planes = suite.combine(p, outputs)
-    got = sum(rep3_bits.from_plane(planes[j], tensor.shape, torch.int64) << j for j in range(m))
+    got = sum(from_plane(planes[j], tensor.shape, torch.int64) << j for j in range(m))
     exact = (tensor >> shift) & ((1 << m) - 1)
     low = (exact - got) & ((1 << m) - 1)
     assert bool(((low == 0) | ((low == 1) & (shift > 0))).all())
@@ -466,7 +483,7 @@ def test_gather_costs_the_rounds_of_its_longest_branch(depths: tuple[int, ...]) 
 
     clocks, ledgers = simulate(main)
     assert clocks == [max(depths, default=0)] * 3
-    assert sum(ledger.sends for ledger in ledgers) == 3 * sum(depths)
+    assert sum(ledger.messages for ledger in ledgers) == 3 * sum(depths)
 
 
 def test_every_protocol_agrees_on_types() -> None:

@@ -51,7 +51,24 @@ NOT_MASKS = {
 CAUGHT_ALONE = {
     ("less_than_zero", "/b2a|ra"): "bits_to_words",
     ("less_than_zero", "/b2a|rb"): "bits_to_words",
+    ("select_negative", "/select|ra"): "select_negative, narrow",
+    ("select_negative", "/select|rb"): "select_negative, narrow",
+    ("select_negative", "/select|c0"): "select_negative, narrow",
+    ("select_largest", "/winner|ra"): "select_largest of 3, narrow",
+    ("select_largest", "/winner|rb"): "select_largest of 3, narrow",
+    ("select_largest", "/select|ra"): "select_negative, narrow",
+    ("select_largest", "/select|rb"): "select_negative, narrow",
+    ("select_largest", "/select|c0"): "select_negative, narrow",
+    ("sign_bits", "/case|c0"): "sign_bits, narrow",
+    ("sign_bits", "/case|c2"): "sign_bits, narrow",
+    ("sign_bits", "/tree3|zero"): "and",
+    ("select_negative", "/tree3|zero"): "and",
     ("evaluate", "|ra"): "truncate",
+    ("evaluate", "|rb"): "truncate",
+    ("evaluate", "|c0"): "truncate by nothing",
+    ("evaluate", "|c2"): "truncate by nothing",
+    ("exponential", "|ra"): "truncate",
+    ("exponential", "|rb"): "truncate",
 }
 
 ROWS = tuple(
@@ -318,6 +335,8 @@ def test_every_draw_is_known_to_these_tests() -> None:
         "planes",
         "r",
         "t",
+        "t0",
+        "t1",
         "dealt",
         "split",
     }

@@ -60,7 +60,7 @@ def test_one_opening_costs_what_its_fit_says(run) -> None:
     plan, count = plan_smooth("silu", -8.0, 8.0), 1024
     x = torch.linspace(-8, 8, count, dtype=torch.float64)
     found = run(Rep3(), lambda p, s, v: smooth(p, s, v, plan), x)
-    assert found.rounds <= 3
+    assert found.rounds <= 4  # the input reaches one party a round late
     assert found.bits == count * series_bits(plan.series, 18)
     assert found.bits / count <= 1400
 
@@ -76,7 +76,22 @@ def test_more_fraction_bits_may_be_asked_of_the_result(run) -> None:
     plan = plan_smooth("sigmoid", -6.0, 6.0)
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
     found = run(Rep3(), lambda p, s, v: smooth(p, s, v, plan, frac=26), x).value
-    assert float((found - plan.series(x)).abs().max()) <= 4e-6
+    assert float((found - plan.series(x)).abs().max()) <= 6 * plan.series.noise + 2.0**-26
+
+
+def test_a_loose_fit_sums_up_in_fewer_bits_than_its_result_has(protocol, run) -> None:
+    plan = plan_smooth("sigmoid", -6.0, 6.0, tolerance=5e-2, frac=12)
+    assert plan.series.scale < 30
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    found = run(protocol, lambda p, s, v: smooth(p, s, v, plan, frac=30), x).value
+    assert float((found - torch.sigmoid(x)).abs().max()) <= 6e-2
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(-8.0, -4.0), (-12.0, -9.0)])
+def test_functions_with_small_values_are_fitted(run, lo: float, hi: float) -> None:
+    plan = plan_smooth("exp", lo, hi)
+    for p in (Rep3(), Plain()):
+        assert error(run, p, "exp", plan, lo, hi) <= 6e-5
 
 
 @pytest.mark.parametrize(("op", "f"), [(hardswish, F.hardswish), (hardsigmoid, F.hardsigmoid)])

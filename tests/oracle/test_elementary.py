@@ -36,13 +36,12 @@ def spaced(lo: float, hi: float, count: int = 400) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("f", [torch.tanh, torch.exp, torch.nn.functional.silu])
-def test_a_fit_reaches_its_tolerance_with_exact_short_polynomials(f) -> None:
+def test_a_fit_and_its_rounding_reach_the_tolerance_with_an_exact_line(f) -> None:
     series = fit_series(f, -4.0, 2.0, tolerance=3e-5)
     x = torch.linspace(-4, 2, 999, dtype=torch.float64)
-    assert float((series(x) - f(x)).abs().max()) <= series.error * 1.01 <= 3.1e-5
-    assert (series.linear * 2**16).is_integer()
-    assert (series.quadratic * 2**16).is_integer()
-    assert series_noise(series) < 1e-5
+    assert float((series(x) - f(x)).abs().max()) <= series.error * 1.02
+    assert series.error + series_noise(series) <= 3.1e-5
+    assert (series.linear * 2**series.linear_frac).is_integer()
     assert series_from_dict(json.loads(json.dumps(series_to_dict(series)))) == series
 
 
@@ -79,10 +78,10 @@ def test_exp_is_relatively_accurate_to_the_end_of_its_range(protocol, run, lo: f
 def test_exp_costs_what_its_docstring_says(run) -> None:
     plan, count = plan_exp(-16.0), 512
     found = run(Rep3(), lambda p, s, v: exp(p, s, v, plan), -torch.rand(count, dtype=torch.float64))
-    products = 2 + plan.squarings
-    assert 2 * products <= found.rounds <= 2 * products + 2
-    assert found.bits / count <= products * (3 * 64 + 44 + 2)
-    assert found.bits / count >= products * (3 * 64 + 18 + 2)
+    assert (plan.clip, plan.squarings) == (False, 0)
+    assert found.rounds <= 4  # the input reaches one party a round late
+    assert found.bits == count * plan.bits
+    assert plan.bits <= 420
 
 
 def test_exp_below_its_cut_fades() -> None:
@@ -108,8 +107,8 @@ def test_wide_ranges_take_buckets_and_narrow_ones_do_not(run) -> None:
     assert (narrow.buckets, wide.buckets) == (0, 5)
     x = spaced(1.0, 8.0)
     rounds = [run(Rep3(), lambda p, s, v, q=q: inverse(p, s, v, q), x).rounds for q in (narrow, wide)]
-    assert rounds[0] <= 5 + 6 * narrow.steps
-    assert rounds[0] < rounds[1] <= rounds[0] + 13
+    assert rounds[0] == 4  # the input reaches one party a round late
+    assert 8 <= rounds[1] <= 10
 
 
 @settings(max_examples=8, deadline=None)
@@ -143,7 +142,7 @@ def test_ranges_that_cannot_work_are_refused() -> None:
     with pytest.raises(RangeError):
         plan_exp(0.0, 0.0)
     with pytest.raises(RangeError, match="does not fit the ring"):
-        plan_exp(-1e5, 0.0)
+        plan_exp(0.0, 40.0)
 
 
 def test_a_plan_for_another_root_is_refused(run) -> None:

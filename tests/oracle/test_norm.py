@@ -111,7 +111,8 @@ def test_a_norm_costs_one_product_per_element(run, normal) -> None:
     plan = planned(x.reshape(1, 2, -1).var(-1, unbiased=False), 4 * 4096, 1e-5)
     found = run(Rep3(), lambda p, s, v: group_norm(p, s, v, 2, None, None, plan), x)
     assert found.bits / x.numel() <= 3 * 64 + 30 + 2
-    assert found.rounds <= 10 + 5 + 6 * plan.inverse.steps
+    assert plan.inverse.buckets == 0
+    assert found.rounds <= 13
 
 
 def test_refusals(run, normal) -> None:

@@ -73,8 +73,8 @@ FUNCTIONS: dict[str, Known] = {
     "log": Known(torch.log),
     "sqrt": Known(torch.sqrt),
 }
-#: What the extra rounds of a clamp weigh when a plan chooses, in bits per element.
-_CLAMP_BITS = 1400
+#: What a clamp's comparisons and rounds weigh when a plan chooses, in bits per element and side.
+_CLAMP_BITS = 550
 #: Ranges beyond this are never fitted whole.
 _WIDEST = 40.0
 #: A fit that misses its tolerance by more is refused.
@@ -84,8 +84,8 @@ _FRAC = 18
 
 @dataclass(frozen=True, slots=True)
 class SmoothPlan:
-    """How one function is computed: its series, and for ``clamped`` the sides it clips and the bound of
-    |x|."""
+    """How one function is computed: its series, for ``clamped`` the sides it clips and the bound of |x|, and the finest
+    argument it takes."""
 
     name: str
     method: str
@@ -93,33 +93,40 @@ class SmoothPlan:
     below: bool = False
     above: bool = False
     bound: float = 0.0
+    frac: int = _FRAC
 
     @property
     def error(self) -> float:
         """The fit's largest error on its interval."""
         return self.series.error
 
+    @property
+    def bits(self) -> float:
+        """Bits per element in all."""
+        return series_bits(self.series, self.frac) + _CLAMP_BITS * (self.below + self.above)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "method": self.method, "series": series_to_dict(self.series),
-            "below": self.below, "above": self.above, "bound": self.bound,
+            "below": self.below, "above": self.above, "bound": self.bound, "frac": self.frac,
         }  # fmt: skip
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> SmoothPlan:
         return SmoothPlan(
             str(data["name"]), str(data["method"]), series_from_dict(data["series"]),
-            bool(data["below"]), bool(data["above"]), float(data["bound"]),
+            bool(data["below"]), bool(data["above"]), float(data["bound"]), int(data["frac"]),
         )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
 def plan_smooth(
-    name: str, lo: float, hi: float, *, tolerance: float = 5e-5, method: str | None = None
+    name: str, lo: float, hi: float, *, tolerance: float = 5e-5, method: str | None = None, frac: int = _FRAC
 ) -> SmoothPlan:
     """Fit the function ``name`` of :data:`FUNCTIONS` on [lo, hi]; clamp where that is wider than its tails.
 
-    ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|).
+    ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|). ``frac``: fraction
+    bits of the argument.
 
     Raises:
         RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without
@@ -138,9 +145,10 @@ def plan_smooth(
         and method != "series"
         and (method or known.core or lo < known.tails[0] or hi > known.tails[1])
     ):
-        clamped = _plan_clamped(name, known, lo, hi, tolerance)
+        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac)
     if clamped is None or (method is None and known.core is None and max(-lo, hi) <= _WIDEST):
-        whole = SmoothPlan(name, "series", fit_series(known.f, lo, hi, tolerance=tolerance))
+        series = fit_series(known.f, lo, hi, tolerance=tolerance, frac=frac)
+        whole = SmoothPlan(name, "series", series, frac=frac)
     plan = whole or clamped
     assert plan is not None
     if whole and clamped and _clamp_pays(clamped, whole, tolerance):
@@ -149,47 +157,42 @@ def plan_smooth(
         raise RangeError(
             f"{name} on [{lo:g}, {hi:g}] cannot be fitted better than {plan.error:.1g}; narrow its range"
         )
-    top = float(known.f(torch.linspace(plan.series.lo, plan.series.hi, 257, dtype=torch.float64)).abs().max())
-    if top >= 2.0 ** (61 - 2 * _FRAC - Series.POLY_FRAC):
-        raise RangeError(
-            f"{name} reaches {top:g} on [{lo:g}, {hi:g}], more than one opening can carry; rescale the model"
-        )
     return plan
 
 
-def _plan_clamped(name: str, known: Known, lo: float, hi: float, tolerance: float) -> SmoothPlan:
+def _plan_clamped(name: str, known: Known, lo: float, hi: float, tolerance: float, frac: int) -> SmoothPlan:
     assert known.tails is not None
     # A side that never reaches its tail is fitted as it is, and never compared.
     low, high = max(lo, known.tails[0]), min(hi, known.tails[1])
     if high - low < 1.0:
         low, high = (low, low + 1.0) if lo >= known.tails[0] else (high - 1.0, high)
-    series = fit_series(known.core or known.f, low, high, tolerance=tolerance)
+    series = fit_series(known.core or known.f, low, high, tolerance=tolerance, frac=frac)
     bound = max(abs(lo), abs(hi), abs(low), abs(high))
-    return SmoothPlan(name, "clamped", series, lo < low or known.core is not None, hi > high, bound)
+    return SmoothPlan(name, "clamped", series, lo < low or known.core is not None, hi > high, bound, frac)
 
 
 def _clamp_pays(clamped: SmoothPlan, whole: SmoothPlan, tolerance: float) -> bool:
     """Whether the clamp is worth its comparisons."""
     if whole.error > 1.5 * tolerance:
         return clamped.error < whole.error
-    saved = series_bits(whole.series, _FRAC) - series_bits(clamped.series, _FRAC)
-    return saved > _CLAMP_BITS
+    saved = series_bits(whole.series, whole.frac) - series_bits(clamped.series, clamped.frac)
+    return saved > _CLAMP_BITS * (clamped.below + clamped.above)
 
 
 async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: int | None = None) -> Shared:
     """The planned function, elementwise, with ``frac`` (default: x's) fraction bits.
 
     Domain: [plan.series.lo, plan.series.hi]; ``clamped``: |x| <= plan.bound.
-    Error: plan.error (5e-5 by default) plus 2e-7 per unit of coefficients plus one ulp; clamped: slopes times
-    one comparison band (2^-11 at bound 16) more near the clip.
-    Cost: 3 rounds, 64 (2 K + 1 or 2) + 2k + f' + 2 bits for K harmonics (silu on +-8: K = 8, about 1,370);
-    clamped: one batch of comparisons before it. Source: [SHAFT].
+    Error: the planned tolerance (5e-5 by default; rounding counted at four deviations) plus one ulp; clamped: slopes
+    times one comparison band (2^-11 at bound 16) more near the clip.
+    Cost: 3 rounds, 2 K words of 30 to 46 bits and about 200 bits (silu on +-8: K = 11, 1,120 bits; at 5e-4 K = 9,
+    780); clamped: one batch of comparisons before it. Source: [SHAFT]; docs/design/007.
     """
     wanted = x.frac if frac is None else frac
 
     async def step(child: Session, piece: Shared) -> Shared:
-        if piece.frac > _FRAC + 2:  # one opening takes 20 at most
-            piece = await with_frac(p, child.fork("coarse"), piece, _FRAC)
+        if piece.frac > plan.frac:
+            piece = await with_frac(p, child.fork("coarse"), piece, plan.frac)
         if plan.method == "series":
             return await p.evaluate(child, plan.series, piece, frac=wanted)
         return await _clamped(p, child, piece, plan, wanted)

@@ -8,7 +8,7 @@ after P V.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,19 +28,20 @@ from sfumato.ops.elementary import (
     plan_inverse,
     with_frac,
 )
-from sfumato.ops.tiles import elementwise
+from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, elementwise, narrow, pieces
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
 __all__ = ["MASKED_BELOW", "SoftmaxPlan", "attention", "plan_softmax", "softmax", "split_mask"]
 
+#: Gets values inside an operation by name, for those who sample them.
+Look = Callable[[str, Shared], None]
+
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
-#: Row maxima may differ by this much before a tournament is worth its rounds.
-SPREAD = 8.0
-#: exp of scores this far below a row's maximum need no relative accuracy: 1,024 of them weigh 1e-4.
-_NEGLIGIBLE = 16.0
+#: Most fraction bits that exponentials carry.
+_MOST_CARRIED = 40
 _SCORE_FRAC = 18
 
 
@@ -89,7 +90,8 @@ def plan_softmax(
     """Plan rows of ``count`` scores in [lo, hi] whose maxima lie in [row_lo, row_hi]; margins are the
     caller's.
 
-    ``method`` forces ``offset`` or ``max``.
+    Without ``method`` it is ``offset`` if the row with the smallest maximum keeps enough of the ring's bits, else
+    ``max``.
 
     Raises:
         RangeError: an empty range, or scores too wide for the ring.
@@ -100,23 +102,55 @@ def plan_softmax(
         )
     if method not in (None, "offset", "max"):
         raise RangeError(f"softmax knows the methods 'offset' and 'max', not {method!r}")
-    method = method or ("offset" if row_hi - row_lo <= SPREAD else "max")
     reach = max(reach, 2.0**-6)
+    shape = (count, lo, hi, row_lo, row_hi, reach, frac, tolerance)
+    if method is None:
+        return _offset(*shape) or _planned("max", *shape)
+    return _planned(method, *shape)
+
+
+def _offset(*shape: float) -> SoftmaxPlan | None:
+    """The plan with a public offset; None if rows with a small maximum would keep too few bits."""
+    try:
+        return _planned("offset", *shape, strict=True)
+    except RangeError:
+        return None
+
+
+def _planned(
+    method: str,
+    count: float,
+    lo: float,
+    hi: float,
+    row_lo: float,
+    row_hi: float,
+    reach: float,
+    frac: float,
+    tolerance: float,
+    *,
+    strict: bool = False,
+) -> SoftmaxPlan:
+    """The plan of one method; ``strict`` raises RangeError where rounding would show."""
     if method == "offset":
-        top, below, offset = hi - row_hi + 0.25, row_hi - lo + 0.25, row_hi
-        least = math.exp(row_lo - row_hi) / 2
+        top, below, offset, spread = hi - row_hi + 0.25, row_hi - lo + 0.25, row_hi, row_hi - row_lo
     else:
-        slack = 2 * band(2 * max(abs(lo), abs(hi), 1.0), frac) * max(1, math.ceil(math.log2(count)))
-        top, below, offset = slack, hi - lo + slack, 0.0
-        least = 0.5
-    most = count * math.exp(top)
+        levels = max(1, (int(count) - 1).bit_length())
+        slack = 2 * band(2 * max(abs(lo), abs(hi), 1.0), int(frac)) * levels
+        top, below, offset, spread = slack, hi - lo + slack, 0.0, 0.0
+    least, most = math.exp(-spread) / 2, count * math.exp(top)
     # P V, the sum of count exponentials times values, has to stay in the ring.
-    carried = min(28, math.floor(HEADROOM_BITS - frac - math.log2(most * max(reach, 1.0))))
-    cut = -_NEGLIGIBLE - (offset - row_lo if method == "offset" else 0.0)
+    carried = min(_MOST_CARRIED, math.floor(HEADROOM_BITS - frac - math.log2(most * max(reach, 1.0))))
+    # Smaller scores need no relative accuracy: their errors add up to a total variation of 2e-3 at most.
+    cut = -spread - max(1.0, math.log(150.0 * count * tolerance))
     planned = plan_exp(
-        -max(below, 1.0), max(top, 0.01), tolerance=tolerance, frac=frac, cut=cut, carried=carried
+        -max(below, 1.0), max(top, 0.01), tolerance=tolerance, frac=int(frac), cut=cut, carried=carried
     )
-    return SoftmaxPlan(method, count, lo, hi, offset, planned, plan_inverse(1, least, most), reach)
+    # Rounding of 2^-frac at every score: four deviations of a weighted sum, and the total variation of a row.
+    noise = math.exp(spread) * 2.0**-planned.frac
+    if strict and (1.6 * math.sqrt(count) * noise > tolerance or 0.33 * count * noise > 5e-3):
+        raise RangeError(f"rows whose maxima differ by {spread:g} need their own maximum subtracted")
+    inverse = plan_inverse(1, least, most, tolerance=tolerance / 4)
+    return SoftmaxPlan(method, int(count), lo, hi, offset, planned, inverse, reach)
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -130,9 +164,12 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 async def _weights(
-    p: Protocol, s: Session, x: Shared, plan: SoftmaxPlan, allowed: Tensor | None
+    p: Protocol, s: Session, x: Shared, plan: SoftmaxPlan, allowed: Tensor | None, frac: int, look: Look | None
 ) -> tuple[Shared, Shared]:
-    """Exponentials over the last axis (masked ones zero) and the reciprocal of each row's sum."""
+    """Exponentials over the last axis (masked ones zero) and the reciprocal of each row's sum, of ``frac`` bits.
+
+    ``look`` gets the exponentials' arguments as "scores" and the row sums as "sums", in a fixed order of blocks.
+    """
     if x.shape[-1] > plan.count:
         raise TypeMismatch(f"this softmax was planned for rows of {plan.count}, not {x.shape[-1]}")
     keep: Tensor | None = None
@@ -147,11 +184,15 @@ async def _weights(
         moved = p.add_public(s, x, p.encode(x, -plan.offset))
     else:
         moved = p.sub(x, await maximum(p, s.fork("max"), x, -1, plan.bound))
+    if look is not None:
+        look("scores", moved)
     e = await exp(p, s.fork("exp"), moved, plan.exp)
     if keep is not None:
         e = _kept(p, e, keep)
     total = p.linear(lambda part: part.sum(-1, keepdim=True), e)
-    return e, await inverse(p, s.fork("sum"), total, plan.inverse)
+    if look is not None:
+        look("sums", total)
+    return e, await inverse(p, s.fork("sum"), total, plan.inverse, frac=frac)
 
 
 def _kept(p: Protocol, x: Shared, keep: Tensor) -> Shared:
@@ -159,23 +200,28 @@ def _kept(p: Protocol, x: Shared, keep: Tensor) -> Shared:
 
 
 async def softmax(
-    p: Protocol, s: Session, x: Shared, dim: int, plan: SoftmaxPlan, *, allowed: Tensor | None = None
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    dim: int,
+    plan: SoftmaxPlan,
+    *,
+    allowed: Tensor | None = None,
+    look: Look | None = None,
 ) -> Shared:
     """softmax over one axis; ``allowed`` is a public 0/1 mask over x. Shape kept.
 
-    Domain: scores in [plan.lo, plan.hi]; ``offset``: row maxima within :data:`SPREAD` of each other as
-    calibrated.
-    Error: 5e-4 relative plus 1e-7 a score, so at most 1e-3 total variation (rows of 1,024, deviation 3).
-    Cost: 2 + squarings products and one more per score (about 1,500 bits at a range of 16), one reciprocal
-    per row; ``max`` adds a tournament: ceil(log2 n) times 9 rounds, 506 bits per score. Source: digests
-    mpc-friendly 6.9, secure-transformers 9 L5.
+    Domain: scores in [plan.lo, plan.hi], ``offset``: row maxima as calibrated. Error: the planned tolerance (5e-4
+    relative by default) per score, and 5e-3 total variation at most from rounding.
+    Cost: one exponential (about 400 bits at a range of 16) and one product (3k + f + 2) per score, one reciprocal per
+    row; ``max`` adds a tournament: ceil(log2 n) times 4 rounds, about 420 bits per score. Source: [SPU], [CrypTen];
+    docs/design/007.
     """
     axis = dim % len(x.shape)
     last = p.linear(lambda part: part.movedim(axis, -1), x)
     mask = None if allowed is None else allowed.expand(x.shape).movedim(axis, -1)
-    e, inv = await _weights(p, s.fork("weights"), last, plan, mask)
-    room = HEADROOM_BITS - e.frac - 2
-    inv = await with_frac(p, s.fork("inverse"), inv, min(inv.frac, room))
+    room = HEADROOM_BITS - plan.exp.frac - 2
+    e, inv = await _weights(p, s.fork("weights"), last, plan, mask, min(plan.inverse.frac, room), look)
     y = await _row_product(p, s.fork("scale"), e, inv, e.frac + inv.frac - x.frac)
     return p.linear(lambda part: part.movedim(-1, axis), y)
 
@@ -202,6 +248,7 @@ async def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     grouped: bool = False,
+    look: Look | None = None,
 ) -> Shared:
     """softmax(q k^T scale + mask) v. q (..., H, L, E), k (..., H, S, E), v (..., H, S, V) -> (..., H, L, V).
 
@@ -226,19 +273,51 @@ async def attention(
         k, v = _repeated(p, k, times), _repeated(p, v, times)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     q, k = await _narrowed(p, s.fork("q"), q), await _narrowed(p, s.fork("k"), k)
-    if plan.bound * 2.0 ** (2 * min(frac, _SCORE_FRAC) + 15 - math.log2(abs(factor))) >= 2.0**HEADROOM_BITS:
+    exponent = math.frexp(abs(factor))[1] - 1
+    if ceil_log2(max(plan.bound, 1.0)) + 2 * min(frac, _SCORE_FRAC) + 15 - exponent > HEADROOM_BITS:
         raise RangeError(f"scores of {plan.bound:.3g} leave no headroom in the ring; rescale the queries")
-    scores = await matmul(p, s.fork("scores"), q, _turned(p, k), factor=factor)
     allowed, bias = (None, None) if mask is None else split_mask(mask)
+    if causal:
+        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    shape = (*lead, q.shape[-2], k.shape[-2])
+
+    async def rows(child: Session, low: int, high: int) -> Shared:
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.broadcast_to(shape)[..., low:high, :]
+
+        part = narrow(p, q, len(q.shape) - 2, low, high) if isinstance(q, Shared) else q[..., low:high, :]
+        masks = cut(bias), cut(allowed)
+        return await _attend(p, child, part, _turned(p, k), v, plan, factor, *masks, frac, look)
+
+    bounds = pieces(shape[-2], DEFAULT_TILES.scores // max(1, math.prod(shape) // max(1, shape[-2])))
+    if len(bounds) == 1:
+        return await rows(s, *bounds[0])
+    done = [await rows(s.fork(f"rows{low}"), low, high) for low, high in bounds]
+    return concatenate(p, done, len(shape) - 2)
+
+
+async def _attend(
+    p: Protocol,
+    s: Session,
+    q: Value,
+    k: Value,
+    v: Value,
+    plan: SoftmaxPlan,
+    factor: float,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    frac: int,
+    look: Look | None,
+) -> Shared:
+    """A block of rows: q (..., l, E), k turned (..., E, S), masks of the scores' shape."""
+    scores = await matmul(p, s.fork("scores"), q, k, factor=factor)
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
-    if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    allowed = None if allowed is None else allowed.broadcast_to(scores.shape)
-    e, inv = await _weights(p, s.fork("weights"), scores, plan, allowed)
+    room = HEADROOM_BITS - plan.exp.frac - ceil_log2(plan.reach) - 1
+    kept = min(plan.inverse.frac, room)
+    e, inv = await _weights(p, s.fork("weights"), scores, plan, allowed, kept, look)
     y = await matmul(p, s.fork("values"), e, v)
-    room = HEADROOM_BITS - y.frac - math.ceil(math.log2(plan.reach)) - 1
-    inv = await with_frac(p, s.fork("inverse"), inv, min(inv.frac, room))
     return await _row_product(p, s.fork("scale"), y, inv, y.frac + inv.frac - frac)
 
 

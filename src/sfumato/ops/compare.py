@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError
-from sfumato.ops.basic import neg
 from sfumato.ops.tiles import concatenate, elementwise, narrow
 from sfumato.protocol.base import Protocol, Window
 from sfumato.session.session import Session
@@ -30,6 +29,7 @@ __all__ = [
     "less_than_zero",
     "max_pool",
     "maximum",
+    "negative_part",
     "overshoots",
     "relu",
     "select",
@@ -48,7 +48,7 @@ def window(bound: float, frac: int, bits: int = WINDOW_BITS) -> Window:
     """
     if not (math.isfinite(bound) and bound > 0):
         raise RangeError(f"a comparison needs a positive bound on its values, not {bound}; calibrate first")
-    top = math.floor(math.log2(bound)) + 1 + frac
+    top = math.frexp(bound)[1] + frac  # bound < 2^(top - frac), exactly
     if top >= 62:
         raise RangeError(f"values up to {bound:g} with {frac} fraction bits leave no headroom in the ring")
     shift = max(0, top - (bits - 1))
@@ -66,8 +66,8 @@ async def less_than_zero(
     """[x < 0] as words 0 and 1 with no fraction bits.
 
     Domain: |x| <= bound. Error: values in [0, band) may count as negative; otherwise exact.
-    Cost: 2 + ceil(log2(m - 1)) + 2 rounds, about 8m + 3k bits with m = ``bits`` (310 at 16). Source:
-    secure-transformers 9 L3.
+    Cost: 4 rounds, 95 + 3k + 2 bits (289) with ``bits`` = 16. Source: own, docs/design/003; [SHAFT] for the
+    window.
     """
     seen = window(bound, x.frac, bits)
 
@@ -87,14 +87,40 @@ async def select(p: Protocol, s: Session, bit: Shared, x: Shared, y: Shared | No
     return await elementwise(p, s, step, bit, x, *([] if y is None else [y]))
 
 
-async def relu(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
-    """max(x, 0). Domain: |x| <= bound. Error: one band (x in [0, band) may become 0). Source:
-    secure-transformers 9 L3.
+async def negative_part(
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    bound: float,
+    *ys: Shared,
+    bits: int = WINDOW_BITS,
+) -> Shared:
+    """[x < 0] * x, or [x < 0] * y for each y (of x's ring and shape), stacked in front if there are several.
 
-    Cost: a comparison, 1 round and 3k bits (502 bits at 16).
+    Domain: |x| <= bound, any y. Error: for x in [0, band) the choice may be that of a negative value.
+    Cost: 4 rounds, 353 bits with ``bits`` = 16; 3k = 192 for each further y. Source: as
+    :func:`less_than_zero`.
     """
-    negative = await less_than_zero(p, s.fork("sign"), x, bound, bits=bits)
-    return p.sub(x, await select(p, s.fork("select"), negative, x))
+    seen = window(bound, x.frac, bits)
+
+    async def step(child: Session, piece: Shared, *chosen: Shared) -> Shared:
+        y = (
+            p.linear(lambda *parts: torch.stack(parts), *chosen)
+            if len(chosen) > 1
+            else (chosen or (None,))[0]
+        )
+        return await p.select_negative(child, piece, seen, y)
+
+    return await elementwise(p, s, step, x, *ys)
+
+
+async def relu(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
+    """max(x, 0). Domain: |x| <= bound. Error: one band (x in [0, band) may become 0). Source: as
+    :func:`less_than_zero`.
+
+    Cost: 4 rounds, 353 bits at 16.
+    """
+    return p.sub(x, await negative_part(p, s, x, bound, bits=bits))
 
 
 async def leaky_relu(
@@ -102,28 +128,26 @@ async def leaky_relu(
 ) -> Shared:
     """x for x > 0, else slope * x. Domain: |x| <= bound. Error: one band times (1 - slope) plus one ulp.
 
-    Cost: a comparison and a fused product (3k + f + 2 bits). Source: as :func:`relu`.
+    Cost: 6 rounds; a :func:`relu` and a truncation (2k + 24 + 2 bits). Source: as :func:`relu`.
     """
-    negative = await less_than_zero(p, s.fork("sign"), x, bound, bits=bits)
     gain = 24
     factor = round((slope - 1.0) * 2.0**gain)
+    part = await negative_part(p, s.fork("part"), x, bound, bits=bits)
 
-    async def step(child: Session, b: Shared, piece: Shared) -> Shared:
-        plus = p.lift(piece, piece.frac + gain)
-        y = await p.bilinear_truncate(
-            child, lambda u, v: u * v * factor, b, piece, gain, plus=plus.viewed(piece.frac)
+    async def step(child: Session, piece: Shared, whole: Shared) -> Shared:
+        plus = p.lift(whole, whole.frac + gain)
+        return await p.linear_truncate(
+            child, lambda u: u * factor, piece, gain, shape=piece.shape, plus=plus, gain_frac=gain
         )
-        return y.viewed(piece.frac)
 
-    return await elementwise(p, s.fork("select"), step, negative, x)
+    return await elementwise(p, s.fork("scale"), step, part, x)
 
 
 async def absolute(p: Protocol, s: Session, x: Shared, bound: float, *, bits: int = WINDOW_BITS) -> Shared:
     """|x|. Domain: |x| <= bound. Error: two bands at most, near zero. Cost: as :func:`relu`. Source: as
     :func:`relu`."""
-    negative = await less_than_zero(p, s.fork("sign"), x, bound, bits=bits)
-    part = await select(p, s.fork("select"), negative, x)
-    return p.sub(x, p.linear(lambda words: 2 * words, part))
+    part = await negative_part(p, s, x, bound, bits=bits)
+    return p.linear(lambda whole, negative: whole - 2 * negative, x, part)
 
 
 async def clamp(
@@ -136,9 +160,9 @@ async def clamp(
     *,
     bits: int = WINDOW_BITS,
 ) -> Shared:
-    """x clipped to [low, high]; None leaves a side open. Both comparisons share their rounds.
+    """x clipped to [low, high]; None leaves a side open. Both sides are one batch.
 
-    Domain: |x| <= bound. Error: one band next to a limit. Cost: rounds of :func:`relu`, its bits for each
+    Domain: |x| <= bound. Error: one band next to a limit. Cost: 4 rounds, the bits of :func:`relu` for each
     side.
     Source: [CrypTen], [SHAFT]; docs/design/005 (batched clip).
     """
@@ -163,22 +187,49 @@ async def overshoots(
 
     Domain, Error, Cost, Source: as :func:`clamp`.
     """
-    if low is None and high is None:
+    limits = [limit for limit in (low, high) if limit is not None]
+    if not limits:
         return None, None
-    reach = bound + max(abs(limit) for limit in (low, high) if limit is not None)
+    reach = bound + max(abs(limit) for limit in limits)
+    levels = torch.tensor(limits, dtype=torch.float64).reshape(-1, *([1] * len(x.shape)))
+    stacked = p.linear(lambda part: part.expand(len(limits), *part.shape), x)
+    moved = p.add_public(s, stacked, p.encode(stacked, -levels))
+    # max(m, 0) = m - min(m, 0): at both sides a negative part is asked for.
+    parts = await negative_part(p, s.fork("parts"), moved, reach, bits=bits)
+    under = _first(p, parts, 0) if low is not None else None
+    over = _first(p, p.sub(moved, parts), len(limits) - 1) if high is not None else None
+    return under, over
 
-    async def side(child: Session, limit: float, below: bool) -> Shared:
-        moved = p.add_public(child, x, p.encode(x, -limit))
-        turned = moved if below else neg(p, moved)
-        negative = await less_than_zero(p, child.fork("sign"), turned, reach, bits=bits)
-        return await select(p, child.fork("select"), negative, moved)
 
-    sides = [(limit, below) for limit, below in ((low, True), (high, False)) if limit is not None]
-    found = await s.gather(*(partial(side, limit=limit, below=below) for limit, below in sides))
-    return (found[0] if low is not None else None), (found[-1] if high is not None else None)
+def _first(p: Protocol, x: Shared, index: int) -> Shared:
+    """One element of the first axis."""
+    return p.linear(lambda part: part[index], x)
 
 
 # ---- maxima ------------------------------------------------------------------------------------------------
+
+
+@cache
+def _brackets(n: int) -> tuple[int, int, tuple[int, ...]]:
+    """Rounds and bits of a tournament of n, and how many nearly equal groups of up to four each level forms:
+    fewest rounds, then fewest bits.
+    """
+    if n <= 1:
+        return 0, 0, ()
+    best: tuple[int, int, tuple[int, ...]] | None = None
+    for groups in range(-(-n // 4), n // 2 + 1):
+        rounds, bits, rest = _brackets(groups)
+        size, larger = n // groups, n % groups
+        rounds += _PLAYED[size + (larger > 0)][0]
+        bits += larger * _PLAYED[size + (larger > 0)][1] + (groups - larger) * _PLAYED[size][1]
+        found = rounds, bits, (groups, *rest)
+        best = found if best is None else min(best, found)
+    assert best is not None
+    return best
+
+
+#: Rounds and bits of the maximum of 1 to 4 candidates, with 16-bit windows in a 64-bit ring.
+_PLAYED = {1: (0, 0), 2: (4, 353), 3: (5, 681), 4: (5, 1113)}
 
 
 async def maximum(
@@ -187,26 +238,13 @@ async def maximum(
     """max over one axis, kept with length 1. x (..., n, ...) -> (..., 1, ...).
 
     Domain: |x| <= bound. Error: at most ceil(log2 n) bands below the true maximum, never above it.
-    Cost: ceil(log2 n) levels of a :func:`relu` (about 9 rounds), (n - 1) / n of its bits per element in all.
-    Source: [SPU]; docs/design/003.
+    Cost: levels of groups of up to four, 5 rounds each (4 if of two): 5 ceil(log4 n) at most; 340 to 371 bits
+    for each element but one.
+    Source: own, docs/design/003; [SPU] for the tournament.
     """
     axis = dim % len(x.shape)
-    level = 0
-    while x.shape[axis] > 1:
-        left, right, rest = _halves(p, x, axis)
-        gap = p.sub(left, right)
-        lead = await relu(p, s.fork(f"level{level}"), gap, 2 * bound, bits=bits)
-        best = p.add(right, lead)
-        x = best if rest is None else concatenate(p, [best, rest], axis)
-        level += 1
-    return x
-
-
-def _halves(p: Protocol, x: Shared, axis: int) -> tuple[Shared, Shared, Shared | None]:
-    n = x.shape[axis]
-    half = n // 2
-    rest = narrow(p, x, axis, 2 * half, n) if n % 2 else None
-    return narrow(p, x, axis, 0, half), narrow(p, x, axis, half, 2 * half), rest
+    (best,) = await _tournament(p, s, [x], axis, bound, bits)
+    return best
 
 
 async def argmax(
@@ -216,7 +254,8 @@ async def argmax(
     length 1.
 
     Domain: |x| <= bound. Error: exact unless the best two are within ceil(log2 n) bands of each other.
-    Cost: the rounds of :func:`maximum`; 3k bits more per comparison. Source: as :func:`maximum`.
+    Cost: the rounds of :func:`maximum`; about 2k bits more for each element: one sign chooses value and index.
+    Source: as :func:`maximum`.
     """
     axis = dim % len(x.shape)
     n = x.shape[axis]
@@ -225,23 +264,59 @@ async def argmax(
     zeros = p.linear(lambda part: part * 0, x, frac=0)
     numbers = torch.arange(n, dtype=torch.float64).reshape(line).expand(x.shape)
     index = p.add_public(s, zeros, p.encode(zeros, numbers, 0))
-    level = 0
-    while x.shape[axis] > 1:
-        child = s.fork(f"level{level}")
-        left, right, rest = _halves(p, x, axis)
-        first, second, other = _halves(p, index, axis)
-        loses = await less_than_zero(p, child.fork("sign"), p.sub(left, right), 2 * bound, bits=bits)
-        x, index = await child.gather(
-            partial(_choose, p, loses, right, left), partial(_choose, p, loses, second, first)
+    _, found = await _tournament(p, s, [x, index.viewed(x.frac)], axis, bound, bits)
+    return found.viewed(0)
+
+
+async def _tournament(
+    p: Protocol, s: Session, xs: Sequence[Shared], axis: int, bound: float, bits: int
+) -> list[Shared]:
+    """The largest of the first secret along the axis, and what the others have there."""
+    for level, groups in enumerate(_brackets(xs[0].shape[axis])[2]):
+        n = xs[0].shape[axis]
+        size, larger = n // groups, n % groups
+        cut = larger * (size + 1)
+        pools = [
+            (low, high, count) for low, high, count in ((0, cut, size + 1), (cut, n, size)) if high > low
+        ]
+
+        async def play(
+            child: Session, low: int, high: int, count: int, xs: Sequence[Shared] = xs
+        ) -> list[Shared]:
+            width = (high - low) // count
+            lines = [
+                [narrow(p, x, axis, low + i * width, low + (i + 1) * width) for i in range(count)] for x in xs
+            ]
+            return await _played(p, child, lines, 2 * bound, bits)
+
+        winners = await s.fork(f"level{level}").gather(
+            *(partial(play, low=low, high=high, count=count) for low, high, count in pools)
         )
-        if rest is not None and other is not None:
-            x, index = concatenate(p, [x, rest], axis), concatenate(p, [index, other], axis)
-        level += 1
-    return index
+        xs = [concatenate(p, [pool[i] for pool in winners], axis) for i in range(len(xs))]
+    return list(xs)
 
 
-async def _choose(p: Protocol, bit: Shared, x: Shared, y: Shared, s: Session) -> Shared:
-    return await select(p, s, bit, x, y)
+async def _played(
+    p: Protocol, s: Session, lines: Sequence[Sequence[Shared]], reach: float, bits: int
+) -> list[Shared]:
+    """For each line of up to four equal-shaped candidates, the one at which the first line is largest."""
+    count, every = len(lines[0]), [x for line in lines for x in line]
+    if count == 1:
+        return [line[0] for line in lines]
+    if count == 2:
+        gaps = [p.sub(left, right) for left, right in lines]
+        lag = await negative_part(p, s, gaps[0], reach, *(gaps if len(gaps) > 1 else ()), bits=bits)
+        lags = [_first(p, lag, i) for i in range(len(gaps))] if len(gaps) > 1 else [lag]
+        return [p.sub(left, behind) for (left, _), behind in zip(lines, lags, strict=True)]
+    seen = window(reach, every[0].frac, bits)
+
+    async def step(child: Session, *pieces: Shared) -> Shared:
+        shape = pieces[0].shape
+        y = p.linear(lambda *parts: torch.stack(parts).reshape((len(lines), count, *shape)), *pieces)
+        return await p.select_largest(child, _first(p, y, 0), seen, y)
+
+    best = await elementwise(p, s, step, *every)
+    return [_first(p, best, i) for i in range(len(lines))]
 
 
 async def max_pool(

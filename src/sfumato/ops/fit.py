@@ -1,16 +1,17 @@
-"""Fits of univariate functions as :class:`Series`: constant + linear + quadratic + a few sines, for one
-opening.
+"""Fits of univariate functions as :class:`Series`: constant + linear part + a few sines, for one opening.
 
-Fits are made once, by the client, when a plan is made; they travel in the plan as JSON numbers, so that
-every party multiplies with the same words. Source: [SHAFT]; own: short polynomial
-coefficients are rounded first and the sines refitted to what is left, so that rounding them costs nothing.
+Fits are made once, by the client, when a plan is made; they travel in the plan as JSON numbers, so that every party
+multiplies with the same words. A function that is no wave is continued beyond its interval by whatever suits the sines
+best (a Fourier extension), so the period is one of a few multiples of the interval. Source: [SHAFT]; own: the choice
+of period and of word sizes by the bits that an evaluation sends (docs/design/007).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,33 +20,40 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError
-from sfumato.protocol.base import Series
+from sfumato.protocol.series import Series
 
 __all__ = ["fit_series", "series_bits", "series_from_dict", "series_noise", "series_to_dict"]
 
 Function = Callable[[Tensor], Tensor]
 Array = npt.NDArray[np.float64]
 
-#: Error per unit of sum |coefficients|: dealt sines are rounded to 2^-22, public ones are good to 2^-23.
-_SINE_NOISE = 2.0**-22
 _FIT_POINTS = 400
-_CHECK_POINTS = 1501
+_CHECK_POINTS = 1201
 _CENTRE_FRAC = 8
-#: A series takes smaller coefficients only.
-_LARGEST = 8.0
-_RIDGE = 2e-5
+#: A series takes smaller coefficients only, and the sum of them amplifies noise.
+_LARGEST, _SUM = 8.0, 120.0
+#: Ridges that are tried: a soft one for the fewest sines, a firm one for small coefficients and so narrow words.
+_RIDGES = (1e-7, 2e-5)
+#: Periods that are tried, as multiples of the interval: dense near it for functions that end as they begin.
+_STRETCHES = (1.0, 1.2, 1.5, 2.0, 2.8)
+#: The share of a tolerance that the fit itself may take; rounding takes the rest at this many deviations.
+_FIT_SHARE, _DEVIATIONS = 0.6, 4.0
+#: Fraction bits of the linear coefficient that are tried: 1 keeps the half of SiLU and its kin.
+_LINEAR_FRACS = (1, 8)
+_LEAST_WORD, _MOST_WORD = 24, 63
 
 
 def series_noise(series: Series) -> float:
-    """What rounded sines add to the error of an evaluation, at most."""
-    return _SINE_NOISE * sum(abs(c) for c in (*series.cos, *series.sin))
+    """What rounding adds to an evaluation's error: four standard deviations (6e-5 of the values lie beyond)."""
+    return _DEVIATIONS * series.noise
 
 
-def series_bits(series: Series, frac: int) -> int:
-    """Bits that one evaluation at ``frac`` fraction bits sends in all, per element of Z64."""
-    squared = series.quadratic != 0.0
-    opened = 64 if squared else series.period_log2 + frac
-    return opened + 64 * (2 * len(series.cos) + squared) + 2 * 64 + (frac + Series.POLY_FRAC) + 2
+def series_bits(series: Series, frac: int, out_frac: int | None = None, ring_bits: int = 64) -> int:
+    """Bits that one evaluation of a value with ``frac`` fraction bits sends in all, per element."""
+    drop = series.scale - (frac if out_frac is None else out_frac)
+    wrap = max(0, ring_bits - series.word + drop)
+    closing = 2 * ring_bits + (wrap + 2 if wrap else 0)
+    return series.period_log2 + frac + 2 * len(series.cos) * series.word + closing
 
 
 def fit_series(
@@ -55,159 +63,226 @@ def fit_series(
     *,
     tolerance: float,
     weight: Function | None = None,
-    max_harmonics: int = 24,
-    coefficient_sum: float = 24.0,
-    quadratic: bool | None = None,
+    max_harmonics: int = 32,
+    frac: int = 18,
+    ring_bits: int = 64,
+    linear: bool = True,
 ) -> Series:
-    """The cheapest series for f on [lo, hi] whose error, sine noise included, is at most ``tolerance``.
+    """The cheapest series for f on [lo, hi] whose error, rounding included, is at most ``tolerance``.
 
-    ``weight`` multiplies the error before it is compared (1/|f| gives relative error). Periods are powers of
-    two: the smallest that covers the interval, and twice and four times that (a Fourier extension, for
-    functions that are not periodic). Without ``quadratic`` fewer bits are opened, so it is preferred at
-    equal size. When nothing meets the tolerance the most accurate fit is returned; its ``error`` says what
-    it reaches.
+    ``weight`` multiplies the error before it is compared (1/|f| gives relative error). ``frac``: fraction bits of the
+    argument, at most; ``ring_bits``: its ring; ``linear=False``: sines alone, for any scale. When nothing meets the
+    tolerance the most accurate fit is returned; its ``error`` says what it reaches.
 
     Raises:
-        RangeError: the interval is empty, or f is not finite on it.
+        RangeError: the interval is empty, or f is not finite on it or too large for a word.
     """
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise RangeError(f"there is nothing to fit on [{lo}, {hi}]; calibrate on inputs that vary")
-    problem = _Problem(f, lo, hi, weight, max_harmonics)
-    shortest = math.ceil(math.log2(problem.span) - 1e-9)
-    forms = (False, True) if quadratic is None else (quadratic,)
-    tried: list[tuple[float, Series]] = []
-
-    def attempt(harmonics: int) -> Series | None:
-        found: list[Series] = []
-        for squared in forms:
-            for period_log2 in (shortest, shortest + 1, shortest + 2):
-                series, error = problem.solve(period_log2, harmonics, squared, tolerance, coefficient_sum)
-                if series is not None:
-                    tried.append((error, series))
-                    if error <= tolerance:
-                        found.append(series)
-        return min(found, key=partial(series_bits, frac=18)) if found else None
-
-    low, size = 0, 1
-    chosen = attempt(size)
-    while chosen is None and size < max_harmonics:
+    problem = _Problem(f, lo, hi, weight, max_harmonics, frac, ring_bits, linear)
+    low, size = 0, 4
+    found = problem.cheapest(size, tolerance)
+    while found is None and size < max_harmonics:
         low, size = size, min(2 * size, max_harmonics)
-        chosen = attempt(size)
-    while chosen is not None and size - low > 1:
+        found = problem.cheapest(size, tolerance)
+    while found is not None and size - low > 1:
         middle = (low + size) // 2
-        smaller = attempt(middle)
+        smaller = problem.cheapest(middle, tolerance)
         if smaller is None:
             low = middle
         else:
-            chosen, size = smaller, middle
-    if chosen is not None:
-        return chosen
-    if not tried:
-        raise RangeError(f"no series of bounded coefficients fits on [{lo:g}, {hi:g}]; narrow the range")
-    return min(tried, key=lambda pair: pair[0])[1]
+            found, size = smaller, middle
+    if found is not None:
+        return found
+    best = problem.best(tolerance)
+    if best is None:
+        raise RangeError(
+            f"no series of bounded coefficients fits a word on [{lo:g}, {hi:g}]; narrow the range"
+        )
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A fit before its word sizes are chosen, and its weighted error without rounding."""
+
+    series: Series
+    miss: float
 
 
 class _Problem:
     """One function on one interval: grids, weights, and the solver. Waves of a period are computed once."""
 
-    def __init__(self, f: Function, lo: float, hi: float, weight: Function | None, most: int) -> None:
+    def __init__(
+        self,
+        f: Function,
+        lo: float,
+        hi: float,
+        weight: Function | None,
+        most: int,
+        frac: int,
+        ring_bits: int,
+        linear: bool,
+    ) -> None:
         middle = (lo + hi) / 2
         step = 2.0**-_CENTRE_FRAC
         # A centre that is a short fixed-point number; symmetric intervals keep 0 exactly.
-        self.centre = round(middle / step) * step if hi - lo > 8 * step else middle
+        self.centre = (
+            round(middle / step) * step if hi - lo > 8 * step else round(middle * 2.0**frac) / 2.0**frac
+        )
         self.lo, self.hi = lo, hi
         self.span = 2 * max(hi - self.centre, self.centre - lo)
-        self.most = most
+        self.most, self.frac, self.ring_bits = most, frac, ring_bits
+        self.linear_fracs = (0, *_LINEAR_FRACS) if linear else (0,)
         turns = np.linspace(0.0, math.pi, _FIT_POINTS)
         x = middle - (hi - lo) / 2 * np.cos(turns)
         # Points to fit on, then points to check on, in one array: one evaluation gives both.
         self.x = np.concatenate([x, np.linspace(lo, hi, _CHECK_POINTS)])
         points = torch.from_numpy(self.x)
-        self.y = f(points).numpy()
+        self.y = f(points).to(torch.float64).numpy()
         if not np.isfinite(self.y).all():
             raise RangeError(f"the function is not finite on [{lo:g}, {hi:g}]")
+        self.top = float(np.abs(self.y).max())
         self.w = weight(points).abs().numpy() if weight else np.ones_like(self.x)
         self.d = self.x - self.centre
-        self._waves: dict[int, tuple[Array, Array]] = {}
+        self._waves: dict[float, tuple[Array, Array]] = {}
+        self._tried: list[_Candidate] = []
 
-    def _basis(self, period_log2: int, harmonics: int) -> Array:
+    def cheapest(self, harmonics: int, tolerance: float) -> Series | None:
+        """The cheapest series of this size within the tolerance, over periods and linear parts, if there is one."""
+        found: list[Series] = []
+        for stretch in _STRETCHES:
+            period_log2, multiplier = _period(self.span * stretch, self.frac, self.ring_bits)
+            for linear_frac, ridge in product(self.linear_fracs, _RIDGES):
+                candidate = self._solve(
+                    period_log2, multiplier, harmonics, linear_frac, ridge, _FIT_SHARE * tolerance
+                )
+                if candidate is None:
+                    continue
+                self._tried.append(candidate)
+                if candidate.miss <= _FIT_SHARE * tolerance:
+                    sized = self._sized(candidate, tolerance)
+                    found += [] if sized is None else [sized]
+        return (
+            min(found, key=lambda g: series_bits(g, self.frac, ring_bits=self.ring_bits)) if found else None
+        )
+
+    def best(self, tolerance: float) -> Series | None:
+        """The most accurate of all fits that were tried, in the widest words that hold it."""
+        for candidate in sorted(self._tried, key=lambda c: c.miss)[:5]:
+            sized = self._sized(candidate, tolerance + candidate.miss, force=True)
+            if sized is not None:
+                return sized
+        return None
+
+    def _basis(self, period: float, harmonics: int) -> Array:
         """Columns 1, cosines, sines at every point."""
-        if period_log2 not in self._waves:
-            angle = np.outer(self.d, np.arange(1, self.most + 1)) * (2 * math.pi / 2.0**period_log2)
-            self._waves[period_log2] = np.cos(angle), np.sin(angle)
-        cos, sin = self._waves[period_log2]
+        if period not in self._waves:
+            angle = np.outer(self.d, np.arange(1, self.most + 1)) * (2 * math.pi / period)
+            self._waves[period] = np.cos(angle), np.sin(angle)
+        cos, sin = self._waves[period]
         return np.concatenate([np.ones((len(self.x), 1)), cos[:, :harmonics], sin[:, :harmonics]], 1)
 
-    def solve(
-        self, period_log2: int, harmonics: int, squared: bool, tolerance: float, limit: float
-    ) -> tuple[Series | None, float]:
-        """The series of one shape and its weighted error; None when its coefficients are too large."""
+    def _solve(
+        self, period_log2: int, multiplier: int, harmonics: int, linear_frac: int, ridge: float, goal: float
+    ) -> _Candidate | None:
+        """The fit of one shape; None when its coefficients stay too large. ``linear_frac`` 0: no linear part."""
         fit, check = slice(0, _FIT_POINTS), slice(_FIT_POINTS, None)
-        basis = self._basis(period_log2, harmonics)
-        half = 2.0 ** (period_log2 - 1)
-        ratio = self.d[fit, None] / half
-        powers = np.concatenate([ratio, ratio**2], 1) if squared else ratio
-        first = _least_squares(np.concatenate([powers, basis[fit]], 1), self.y[fit], self.w[fit])
-        grain = 2.0**-Series.POLY_FRAC
-        linear = round(float(first[0]) / half / grain) * grain
-        square = round(float(first[1]) / half**2 / grain) * grain if squared else 0.0
-        rest = self.y - linear * self.d - square * self.d * self.d
+        period = 2.0**period_log2 / multiplier
+        basis = self._basis(period, harmonics)
+        linear = 0.0
+        if linear_frac:
+            ratio = self.d[fit, None] / (period / 2)
+            first = _least_squares(
+                np.concatenate([ratio, basis[fit]], 1), self.y[fit], self.w[fit], _RIDGES[-1]
+            )
+            linear = round(float(first[0]) / (period / 2) * 2.0**linear_frac) / 2.0**linear_frac
+            if not linear:
+                return None
+        rest = self.y - linear * self.d
         emphasis = self.w[fit].copy()
-        best: tuple[Series | None, float] = (None, math.inf)
-        ridge = _RIDGE
-        for round_ in range(9):
+        best: _Candidate | None = None
+        for round_ in range(7):
             c = _least_squares(basis[fit], rest[fit], emphasis, ridge)
-            while not _small(c[1:], limit) and ridge < 0.05:
+            while not _small(c[1:]) and ridge < 0.05:
                 ridge *= 8
                 c = _least_squares(basis[fit], rest[fit], emphasis, ridge)
-            if not _small(c[1:], limit):
+            if not _small(c[1:]):
                 break
             misses = np.abs(basis @ c - rest)
-            series = Series(
-                self.lo, self.hi, self.centre, period_log2, float(c[0]), linear, square,
-                tuple(c[1 : harmonics + 1].tolist()), tuple(c[harmonics + 1 :].tolist()),
-                float(misses[check].max()),
-            )  # fmt: skip
             weighted = misses * self.w
-            error = float(weighted[check].max()) + series_noise(series) * float(self.w[check].max())
-            if error < best[1]:
-                best = (series, error)
-            if error <= tolerance or (round_ == 0 and error > 6 * tolerance):
+            miss = float(weighted[check].max())
+            if best is None or miss < best.miss:
+                series = Series(
+                    self.lo, self.hi, self.centre, period_log2, multiplier, float(c[0]), linear, linear_frac,
+                    tuple(c[1 : harmonics + 1].tolist()), tuple(c[harmonics + 1 :].tolist()),
+                    4, 4, 64, float(misses[check].max()),
+                )  # fmt: skip
+                best = _Candidate(series, miss)
+            if miss <= goal or (round_ == 0 and miss > 5 * goal):
                 break
             # Lawson: weight follows the error, so that least squares approaches the minimax fit.
             emphasis = emphasis * np.sqrt(np.maximum(weighted[fit] / weighted[fit].max(), 1e-3))
             emphasis = emphasis / emphasis.max()
         return best
 
+    def _sized(self, candidate: _Candidate, tolerance: float, *, force: bool = False) -> Series | None:
+        """The narrowest words whose rounding keeps the candidate within the tolerance."""
+        heaviest = float(self.w.max())
+        # Small functions keep two bits above the point: a result may ask for few fraction bits.
+        above = 2 + max(0, math.ceil(math.log2(self.top * 1.05 + candidate.series.error)))
+        last: Series | None = None
+        for dealt in range(6, 30):
+            public = min(dealt + 1, 28)
+            scale = dealt + public
+            short = 0 if not candidate.series.linear else self.frac + candidate.series.linear_frac - scale
+            if short > 0:
+                public += short
+                scale += short
+            word = max(_LEAST_WORD, scale + above)
+            word += -word % 2
+            if public > 28 or word > _MOST_WORD or (candidate.series.linear and word > self.ring_bits):
+                break
+            last = replace(candidate.series, dealt=dealt, public=public, word=word)
+            if candidate.miss + series_noise(last) * heaviest <= tolerance:
+                return last
+        return last if force else None
 
-def _small(coefficients: Array, limit: float) -> bool:
+
+def _period(length: float, frac: int, ring_bits: int) -> tuple[int, int]:
+    """(period_log2, multiplier 8..15): a period close above ``length`` whose phase can be opened."""
+    period_log2 = math.floor(math.log2(length)) + 4
+    while period_log2 + frac < 12:
+        period_log2 += 1
+    while period_log2 + frac > min(48, ring_bits):
+        period_log2 -= 1
+    return period_log2, max(1, math.floor(2.0**period_log2 / length + 1e-9))
+
+
+def _small(coefficients: Array) -> bool:
     sizes = np.abs(coefficients)
-    return bool(sizes.max() < _LARGEST and sizes.sum() <= limit)
+    return bool(sizes.max() < _LARGEST and sizes.sum() <= _SUM)
 
 
-def _least_squares(basis: Array, y: Array, w: Array, ridge: float = _RIDGE) -> Array:
+def _least_squares(basis: Array, y: Array, w: Array, ridge: float) -> Array:
     """Weighted ridge least squares; the ridge keeps the coefficients of a Fourier extension small."""
     scaled = w / w.mean()
     a, b = basis * scaled[:, None], y * scaled
     # Normal equations: the ridge bounds their condition, and they are several times faster than a QR.
-    found: Array = np.linalg.solve(a.T @ a + ridge**2 * np.eye(basis.shape[1]), a.T @ b)
+    found: Array = np.linalg.solve(a.T @ a + ridge**2 * len(a) * np.eye(basis.shape[1]), a.T @ b)
     return found
 
 
 def series_to_dict(series: Series) -> dict[str, Any]:
     """A series as JSON numbers; Python prints floats so that they read back to the same bits."""
-    return {
-        "lo": series.lo, "hi": series.hi, "centre": series.centre, "period_log2": series.period_log2,
-        "constant": series.constant, "linear": series.linear, "quadratic": series.quadratic,
-        "cos": list(series.cos), "sin": list(series.sin), "error": series.error,
-    }  # fmt: skip
+    data = asdict(series)
+    return {**data, "cos": list(series.cos), "sin": list(series.sin)}
 
 
 def series_from_dict(data: Mapping[str, Any]) -> Series:
     """The inverse of :func:`series_to_dict`."""
-    return Series(
-        lo=float(data["lo"]), hi=float(data["hi"]), centre=float(data["centre"]),
-        period_log2=int(data["period_log2"]), constant=float(data["constant"]), linear=float(data["linear"]),
-        quadratic=float(data["quadratic"]), cos=tuple(map(float, data["cos"])),
-        sin=tuple(map(float, data["sin"])), error=float(data["error"]),
-    )  # fmt: skip
+    whole = ("period_log2", "multiplier", "linear_frac", "dealt", "public", "word")
+    numbers: dict[str, Any] = {k: int(v) if k in whole else v for k, v in data.items()}
+    for k in ("lo", "hi", "centre", "constant", "linear", "error"):
+        numbers[k] = float(data[k])
+    return Series(**{**numbers, "cos": tuple(map(float, data["cos"])), "sin": tuple(map(float, data["sin"]))})

@@ -7,7 +7,7 @@ rest, n / 2^a, joins epsilon and the scale. So no constant 1/n is ever rounded a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, inverse, plan_inverse, with_frac
-from sfumato.ops.tiles import elementwise
-from sfumato.protocol.base import Protocol
+from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, inverse, plan_inverse
+from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, thirds
+from sfumato.protocol.base import Bilinear, Protocol
 from sfumato.ring.fixed import encode
-from sfumato.session.session import Session
+from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
 __all__ = ["NormPlan", "group_norm", "layer_norm", "plan_norm", "rms_norm"]
+
+#: Gets values inside an operation by name, for those who sample them.
+Look = Callable[[str, Shared], None]
 
 #: Bits of the mean square below the top of its range.
 _SQUARE_BITS = 30
@@ -32,8 +35,8 @@ _SCALE_BITS = 16
 
 @dataclass(frozen=True, slots=True)
 class NormPlan:
-    """A normalisation over ``count`` values: the rsqrt of n / 2^a (var + eps), a bound on |x| and on the
-    result.
+    """A normalisation over ``count`` values: sqrt(n / 2^a) times the rsqrt of n / 2^a (var + eps), a bound on |x| and
+    on the result.
 
     ``chunks``: parts of the inner product that are truncated apart, so that no sum of squares leaves the
     ring.
@@ -49,7 +52,11 @@ class NormPlan:
     @property
     def halvings(self) -> int:
         """a: the smallest power of two with 2^a >= count."""
-        return math.ceil(math.log2(self.count))
+        return ceil_log2(self.count)
+
+    def square_frac(self, frac: int) -> int:
+        """Fraction bits of the mean square of values with ``frac``."""
+        return min(2 * frac + self.halvings, max(0, _SQUARE_BITS - self.inverse.exponent))
 
     @property
     def rest(self) -> float:
@@ -76,6 +83,7 @@ def plan_norm(
     reach: float = 64.0,
     gain: float = 4.0,
     frac: int = 18,
+    tolerance: float = 2e-5,
 ) -> NormPlan:
     """Plan for groups of ``count`` values whose variance (mean square) is calibrated to [var_lo, var_hi].
 
@@ -101,7 +109,7 @@ def plan_norm(
         raise RangeError(
             f"a variance of {var_hi:g} at {frac} fraction bits does not fit the ring; rescale the model"
         )
-    inverse_plan = plan_inverse(2, low, max(high, low * 1.01))
+    inverse_plan = plan_inverse(2, low, max(high, low * 1.01), tolerance=tolerance, factor=math.sqrt(rest))
     # Costs follow from this bound alone, so it is a power of two and says little about the weights.
     top = 2.0 ** max(-6, math.ceil(math.log2(max(gain, 2.0**-6))))
     return NormPlan(count, eps, inverse_plan, chunks, min(reach, math.sqrt(count) + 1), top)
@@ -120,18 +128,21 @@ async def _mean(p: Protocol, s: Session, x: Shared) -> Shared:
     )
 
 
-async def _inverse_std(p: Protocol, s: Session, d: Shared, plan: NormPlan) -> Shared:
-    """1 / sqrt(n / 2^a (mean square + eps)) over the last axis, kept; with the fraction bits that rsqrt
-    gives."""
+async def _inverse_std(
+    p: Protocol, s: Session, d: Shared, plan: NormPlan, frac: int, look: Look | None
+) -> Shared:
+    """1 / sqrt(mean square + eps) over the last axis, kept, with ``frac`` fraction bits. 6 rounds without buckets.
+
+    ``look`` gets the inverse root's argument as "square".
+    """
     n = d.shape[-1]
     if n != plan.count:
         raise TypeMismatch(f"this norm was planned for groups of {plan.count} values, not {n}")
     size = math.ceil(n / plan.chunks)
     padding = size * plan.chunks - n
     # The words sum d^2 2^(2 frac) are read with a more fraction bits: that divides by 2^a.
-    frac = max(0, _SQUARE_BITS - plan.inverse.exponent)
     view = 2 * d.frac + plan.halvings
-    bits = max(0, view - frac)
+    bits = view - plan.square_frac(d.frac)
 
     def squares(a: Tensor, b: Tensor) -> Tensor:
         c = a * b
@@ -144,65 +155,63 @@ async def _inverse_std(p: Protocol, s: Session, d: Shared, plan: NormPlan) -> Sh
         total = p.linear(lambda part: part.sum(-1, keepdim=True), total)
     total = total.viewed(view - bits)
     total = p.add_public(s, total, p.encode(total, plan.rest * plan.eps))
-    return await inverse(p, s.fork("rsqrt"), total, plan.inverse)
+    if look is not None:
+        look("square", total)
+    return await inverse(p, s.fork("rsqrt"), total, plan.inverse, frac=frac)
 
 
-def _product_fracs(plan: NormPlan, frac: int, smallest: float) -> int:
-    """Fraction bits of the scale r * gamma: enough for the smallest, and the product of reach stays in the
-    ring."""
-    most = HEADROOM_BITS - frac - math.ceil(math.log2(max(plan.reach * max(plan.gain, 1.0), 2.0**-8)))
-    wanted = _SCALE_BITS - math.floor(math.log2(smallest)) + 2
-    return max(4, min(most, max(wanted, 18)))
+def _scale_fracs(plan: NormPlan, frac: int) -> tuple[int, int]:
+    """Fraction bits of the scale 1 / std and of a gain that rides on the same product: enough for the smallest scale,
+    and the product of reach stays in the ring."""
+    smallest = math.sqrt(plan.rest / plan.inverse.hi)
+    room = HEADROOM_BITS - frac - ceil_log2(plan.reach * max(plan.gain, 1.0))
+    scale = max(4, min(_SCALE_BITS + 2 - math.frexp(smallest)[1], room - 6, plan.inverse.frac))
+    return scale, max(4, min(18, room - scale))
 
 
-def _smallest(plan: NormPlan) -> float:
-    return math.sqrt(plan.rest / plan.inverse.hi)
-
-
-async def _times(p: Protocol, s: Session, d: Shared, r: Shared, plus: Shared | None) -> Shared:
-    """d * r (broadcast) + plus, at d's scale, one truncation; large operands in three tiles of the leading
-    axis."""
-    addend = None if plus is None else p.lift(plus, d.frac + r.frac)
-    if d.type.numel < 3 * 2048:
-        return await p.bilinear_truncate(s, torch.mul, d, r, r.frac, plus=addend)
-    wide = p.linear(lambda part: part.expand(d.shape), r)
-
-    async def step(child: Session, a: Shared, b: Shared, c: Shared | None = None) -> Shared:
-        return await p.bilinear_truncate(child, torch.mul, a, b, b.frac, plus=c)
-
-    return await elementwise(p, s, step, d, wide, *([] if addend is None else [addend]))
-
-
-async def _scaled(
-    p: Protocol, s: Session, r: Shared, gamma: Shared | Tensor | None, plan: NormPlan, frac: int
+async def _times(
+    p: Protocol,
+    s: Session,
+    d: Shared,
+    r: Shared,
+    plus: Shared | None,
+    *,
+    gains: Tensor | None = None,
+    gain: int = 0,
+    out: int | None = None,
 ) -> Shared:
-    """r sqrt(n / 2^a) gamma with ``frac`` fraction bits; broadcasts r against gamma. Small."""
-    root = math.sqrt(plan.rest)
-    lead = math.ceil(math.log2(1.0 / math.sqrt(plan.inverse.lo) + 1))
-    if isinstance(gamma, Shared):
-        room = HEADROOM_BITS - gamma.frac - lead - 1 - math.ceil(math.log2(max(plan.gain, 1.0)))
-        short = max(4, min(r.frac, 19 - math.floor(math.log2(_smallest(plan))), room - 12))
-        shrunk = await with_frac(p, s.fork("r"), r, short)
-        gain = max(2, min(20, room - short))
-        factor = round(root * 2.0**gain)
-        view = shrunk.frac + gamma.frac + gain
-        y = await p.bilinear_truncate(
-            s.fork("gamma"), lambda a, b: a * b * factor, shrunk, gamma, max(0, view - frac)
+    """d * r (* gains) (+ plus), broadcast, with ``out`` (default: d's) fraction bits and one truncation.
+
+    Public ``gains`` ride on the truncation with ``gain`` fraction bits. Large operands go in three tiles.
+    """
+    out = d.frac if out is None else out
+    gain = 0 if gains is None else gain
+    shape = torch.broadcast_shapes(d.shape, r.shape)
+    bits = d.frac + r.frac + gain - out
+    factors = None if gains is None else gains.to(torch.float64).broadcast_to(shape)
+    addend = None if plus is None else p.lift(plus, d.frac + r.frac + gain).viewed(d.frac + r.frac)
+
+    def product(words: Tensor | None) -> Bilinear:
+        return torch.mul if words is None else lambda a, b: a * b * encode(words.to(a.device), d.ring, gain)
+
+    if math.prod(shape) < DEFAULT_TILES.smallest or p.parties == 1:
+        y = await p.bilinear_truncate(s, product(factors), d, r, bits, plus=addend)
+        return y.viewed(out)
+    left, right = (p.linear(lambda part: part.expand(shape).reshape(-1), v) for v in (d, r))
+    flat = None if addend is None else p.linear(lambda part: part.reshape(-1), addend)
+    words = None if factors is None else factors.reshape(-1)
+    parts = [left, right] if flat is None else [left, right, flat]
+
+    def third(turn: int, low: int, high: int) -> Branch:
+        own = product(None if words is None else words[low:high])
+        a, b, *c = (narrow(p, v, 0, low, high) for v in parts)
+        return lambda child: p.bilinear_truncate(
+            child.fork("turn", turn=s.turn + turn), own, a, b, bits, plus=c[0] if c else None
         )
-        return p.lift(y.viewed(view - max(0, view - frac)), frac)
-    gains = torch.as_tensor(root, dtype=torch.float64) if gamma is None else gamma.to(torch.float64) * root
-    shape = tuple(torch.broadcast_shapes(r.shape, gains.shape))
-    gain = max(6, min(26, HEADROOM_BITS - r.frac - lead - math.ceil(math.log2(max(plan.gain, 1.0)))))
-    bits = max(0, r.frac + gain - frac)
-    y = await p.linear_truncate(
-        s,
-        lambda part: part * encode(gains.to(part.device), r.ring, gain),
-        r,
-        bits,
-        shape=shape,
-        gain_frac=gain,
-    )
-    return p.lift(y, frac)
+
+    done = await s.gather(*(third(i, low, high) for i, (low, high) in enumerate(thirds(math.prod(shape)))))
+    y = concatenate(p, done, 0)
+    return p.linear(lambda part: part.reshape(shape), y).viewed(out)
 
 
 def _as_column(p: Protocol, v: Shared | Tensor | None, shape: tuple[int, ...]) -> Shared | Tensor | None:
@@ -227,6 +236,7 @@ async def group_norm(
     plan: NormPlan,
     *,
     plus: Shared | None = None,
+    look: Look | None = None,
 ) -> Shared:
     """(x - mean) / sqrt(var + eps) * gamma + beta (+ plus) over each group of channels. x (N, C, ...).
 
@@ -241,15 +251,16 @@ async def group_norm(
         raise TypeMismatch(f"{channels} channels do not split into {groups} groups")
     rows = p.linear(lambda part: part.reshape(n, groups, -1), x)
     centred = p.sub(rows, await _mean(p, s.fork("mean"), rows))
-    r = await _inverse_std(p, s.fork("std"), centred, plan)  # (N, G, 1)
-    column = _as_column(p, gamma, (1, groups, per))
-    frac = _product_fracs(plan, x.frac, _smallest(plan))
-    scale = await _scaled(p, s.fork("scale"), r, column, plan, frac)  # (N, G, C / G) or (N, G, 1)
-    width = scale.shape[-1]
-    body = p.linear(lambda part: part.reshape(n, groups, width, -1), centred)
-    factor = p.linear(lambda part: part.unsqueeze(-1), scale)
+    frac, gain = _scale_fracs(plan, x.frac)
+    scale = await _inverse_std(p, s.fork("std"), centred, plan, frac, look)  # (N, G, 1)
+    scale = p.linear(lambda part: part.unsqueeze(-1), scale)
+    column = _as_column(p, gamma, (1, groups, per, 1))
+    if isinstance(column, Shared):
+        # r * gamma per channel is small beside d * gamma
+        scale, column = await _times(p, s.fork("gamma"), column, scale, None, out=frac), None
+    body = p.linear(lambda part: part.reshape(n, groups, per, -1), centred)
     extra = None if plus is None else p.linear(lambda part: part.reshape(body.shape), plus)
-    y = await _times(p, s.fork("out"), body, factor, extra)
+    y = await _times(p, s.fork("out"), body, scale, extra, gains=column, gain=gain)
     y = p.linear(lambda part: part.reshape(x.shape), y)
     return _shifted(p, s, y, _as_column(p, beta, (1, channels, *([1] * (len(x.shape) - 2)))))
 
@@ -264,6 +275,7 @@ async def layer_norm(
     plan: NormPlan,
     *,
     plus: Shared | None = None,
+    look: Look | None = None,
 ) -> Shared:
     """(x - mean) / sqrt(var + eps) * gamma + beta (+ plus) over the last ``axes`` axes, gamma and beta of
     their shape.
@@ -272,7 +284,7 @@ async def layer_norm(
     Cost: one product per element, public gamma included (3k + f + g + 2 bits); a secret gamma costs a second
     one, made while rsqrt runs. Rounds as :func:`group_norm`. Source: as :func:`group_norm`.
     """
-    return await _row_norm(p, s, x, axes, gamma, beta, plan, plus, True)
+    return await _row_norm(p, s, x, axes, gamma, beta, plan, plus, True, look)
 
 
 async def rms_norm(
@@ -284,12 +296,13 @@ async def rms_norm(
     plan: NormPlan,
     *,
     plus: Shared | None = None,
+    look: Look | None = None,
 ) -> Shared:
     """x / sqrt(mean(x^2) + eps) * gamma (+ plus) over the last ``axes`` axes.
 
     Domain: mean square in the planned range. Error, Cost, Source: as :func:`layer_norm`, without the mean.
     """
-    return await _row_norm(p, s, x, axes, gamma, None, plan, plus, False)
+    return await _row_norm(p, s, x, axes, gamma, None, plan, plus, False, look)
 
 
 async def _row_norm(
@@ -302,6 +315,7 @@ async def _row_norm(
     plan: NormPlan,
     plus: Shared | None,
     centre: bool,
+    look: Look | None,
 ) -> Shared:
     lead = x.shape[: len(x.shape) - axes]
     rows = p.linear(lambda part: part.reshape(*lead, -1), x)
@@ -309,38 +323,14 @@ async def _row_norm(
     if centre:
         rows = p.sub(rows, await _mean(p, s.fork("mean"), rows))
     weight = _as_column(p, gamma, (n,))
+    frac, gain = _scale_fracs(plan, x.frac)
 
     async def weighed(child: Session) -> Shared:
         return await _times(p, child, rows, weight, None) if isinstance(weight, Shared) else rows
 
-    body, r = await s.gather(weighed, lambda child: _inverse_std(p, child, rows, plan))
+    body, r = await s.gather(weighed, lambda child: _inverse_std(p, child, rows, plan, frac, look))
     extra = None if plus is None else p.linear(lambda part: part.reshape(rows.shape), plus)
-    frac = _product_fracs(plan, x.frac, _smallest(plan))
-    if not isinstance(weight, Tensor):
-        scale = await _scaled(p, s.fork("scale"), r, None, plan, frac)
-        y = await _times(p, s.fork("out"), body, scale, extra)
-    else:
-        y = await _weighed_product(p, s, body, r, weight, plan, extra)
+    gains = weight if isinstance(weight, Tensor) else None
+    y = await _times(p, s.fork("out"), body, r, extra, gains=gains, gain=gain)
     y = p.linear(lambda part: part.reshape(x.shape), y)
     return _shifted(p, s, y, None if beta is None else _as_column(p, beta, x.shape[len(lead) :]))
-
-
-async def _weighed_product(
-    p: Protocol, s: Session, d: Shared, r: Shared, gamma: Tensor, plan: NormPlan, plus: Shared | None
-) -> Shared:
-    """d * r * gamma for a public gamma along the last axis: gamma rides on the product's truncation."""
-    room = (
-        HEADROOM_BITS - d.frac - math.ceil(math.log2(plan.reach / math.sqrt(plan.rest) * max(plan.gain, 1.0)))
-    )
-    scale_frac = min(_SCALE_BITS + 1 - math.floor(math.log2(_smallest(plan))), room - 6, r.frac)
-    gain = max(4, min(18, room - scale_frac))
-    short = await with_frac(p, s.fork("scale"), r, scale_frac)
-    gains = gamma.to(torch.float64) * math.sqrt(plan.rest)
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return a * b * encode(gains.to(a.device), d.ring, gain)
-
-    bits = scale_frac + gain
-    addend = None if plus is None else p.lift(plus, d.frac + bits).viewed(d.frac + scale_frac)
-    y = await p.bilinear_truncate(s.fork("out"), product, d, short, bits, plus=addend)
-    return y.viewed(d.frac)

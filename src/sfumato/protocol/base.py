@@ -6,8 +6,9 @@ Everything above (numerics, graphs, samplers) is written once over this interfac
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
+from sfumato.protocol.series import Exponential, Series
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Ring, Secret, Shared, TruncationError
 
-__all__ = ["Bilinear", "Linear", "Protocol", "Series", "Window"]
+__all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Window"]
 
 Linear = Callable[..., Tensor]
 Bilinear = Callable[[Tensor, Tensor], Tensor]
@@ -49,49 +51,11 @@ class Window:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """f(x) ~ constant + linear*x + quadratic*x^2 + sum_k cos[k]*cos(k*w*(x - centre)) + sin[k]*sin(k*w*(x -
-    centre)).
-
-    w = 2*pi / 2^period_log2 and x itself is measured from ``centre`` in the polynomial part too. ``linear``
-    and ``quadratic`` are exact multiples of 2^-16, so that they cost no precision in the ring. Valid on [lo,
-    hi] alone.
-    """
-
-    lo: float
-    hi: float
-    centre: float
-    period_log2: int
-    constant: float
-    linear: float
-    quadratic: float
-    cos: tuple[float, ...]
-    sin: tuple[float, ...]
-    error: float
-
-    def __post_init__(self) -> None:
-        if len(self.cos) != len(self.sin) or any(abs(c) >= 8.0 for c in (*self.cos, *self.sin)):
-            raise ValueError("a series needs as many sines as cosines, each coefficient below 8")
-
-    #: Fraction bits of ``linear`` and ``quadratic``.
-    POLY_FRAC: ClassVar[int] = 16
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The series in float64, any shape; what :meth:`Protocol.evaluate` computes up to rounding."""
-        d = x.to(torch.float64) - self.centre
-        w = 2.0 * torch.pi / 2.0**self.period_log2
-        y = self.constant + self.linear * d + self.quadratic * d * d
-        for k, (c, s) in enumerate(zip(self.cos, self.sin, strict=True), 1):
-            y = y + c * torch.cos(k * w * d) + s * torch.sin(k * w * d)
-        return y
-
-
 class Protocol(ABC):
     """Seven moves and what follows from them.
 
-    ``fused=False`` keeps products, linear maps and their truncations on the plain moves: slower, and the base
-    for malicious security. :meth:`evaluate` is one move either way.
+    ``fused=False`` keeps products, linear maps, their truncations and signs on the plain moves: slower, and the
+    base for malicious security. :meth:`evaluate` is one move either way.
     """
 
     name: ClassVar[str]
@@ -208,6 +172,38 @@ class Protocol(ABC):
         plane = await self.sign_bits(s.fork("sign"), x, window)
         return await self.bits_to_words(s.fork("b2a"), plane, ring or x.ring, x.shape)
 
+    async def select_negative(self, s: Session, x: Shared, window: Window, y: Shared | None = None) -> Shared:
+        """[x < 0] * y, judged on the window's bits; y defaults to x, or has the shape (..., *x.shape) and x's
+        ring: one sign chooses from many.
+        """
+        y = x if y is None else y
+        bit = await self.less_than_zero(s.fork("sign"), x, window, ring=y.ring)
+        return await self.select(s.fork("select"), bit, y)
+
+    async def select_largest(self, s: Session, x: Shared, window: Window, y: Shared | None = None) -> Shared:
+        """The element of y (..., r, *S) at which x (r, *S) is largest, judged on the window's bits of differences;
+        y defaults to x, or has its ring. Below the true maximum by at most ceil(log2 r) bands.
+        """
+        y = x if y is None else y
+        lead = y.shape[: len(y.shape) - len(x.shape)]
+        count = math.prod(lead)
+        whole = self.linear(
+            lambda u, v: torch.cat([u[None], v.reshape(count, *u.shape)]), x, y.viewed(x.frac)
+        )  # (1 + q, r, *S)
+        level = 0
+        while (r := whole.shape[1]) > 1:
+            even = r - r % 2
+            gap = self.linear(lambda w: w[:, 0:even:2] - w[:, 1:even:2], whole)  # noqa: B023
+            first = self.linear(lambda w: w[0], gap)
+            lag = await self.select_negative(s.fork(f"level{level}"), first, window, gap)
+            whole = self.linear(
+                lambda w, d: torch.cat([w[:, 0:even:2] - d, w[:, even:]], 1),  # noqa: B023
+                whole,
+                lag,
+            )
+            level += 1
+        return self.linear(lambda w: w[1:, 0].reshape((*lead, *w.shape[2:])), whole).viewed(y.frac)
+
     async def select(self, s: Session, bit: Shared, x: Shared, y: Shared | None = None) -> Shared:
         """bit ? x : y elementwise for 0/1 words of frac 0; y defaults to zero. Exact, one product."""
         difference = x if y is None else self.sub(x, y)
@@ -215,10 +211,31 @@ class Protocol(ABC):
         return chosen if y is None else self.add(chosen, y)
 
     @abstractmethod
-    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """A univariate function given as a :class:`Series`, elementwise, with ``frac`` (default: x's)
-        fraction bits.
+    async def evaluate_all(
+        self,
+        s: Session,
+        series: Sequence[Series],
+        x: Shared,
+        *,
+        frac: int | None = None,
+        ring: Ring | None = None,
+    ) -> tuple[Shared, ...]:
+        """Univariate functions of one secret, elementwise, from one opening: :class:`Series` of equal centre and
+        period, with ``frac`` (default: x's) fraction bits, in ``ring`` (default: x's).
         """
+
+    async def evaluate(
+        self, s: Session, series: Series, x: Shared, *, frac: int | None = None, ring: Ring | None = None
+    ) -> Shared:
+        """One univariate function given as a :class:`Series`; see :meth:`evaluate_all`."""
+        (y,) = await self.evaluate_all(s, (series,), x, frac=frac, ring=ring)
+        return y
+
+    @abstractmethod
+    async def exponential(
+        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+    ) -> Shared:
+        """exp(x) with relative accuracy on the specification's range, elementwise, with ``frac`` fraction bits."""
 
     # ---- local conveniences --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sfumato.protocol.base import plane_bytes
+from sfumato.ring.carry import carry_plan
 from sfumato.ring.pack import packed_bytes
 
 __all__ = ["MOVES", "Cost", "Message", "bits", "rounds"]
@@ -81,11 +82,12 @@ def _reshare(k: int) -> tuple[Message, ...]:
 
 
 def _truncate(*, k: int, f: int, out: int = 0, **_: int) -> Cost:
-    """``f``: bits dropped; ``out``: bits of the result's ring."""
+    """``k``: bits of the words, a ring's or fewer; ``f``: bits dropped; ``out``: bits of the result's ring."""
     out = out or k
-    if f == 0 and out == k:
-        return Cost(_reshare(k), 1)
-    wrap = (Message(0, 1, 1), Message(1, 0, 1), Message(2, 1, out - k + f))
+    width = out - k + f
+    if width <= 0:  # no wrap reaches the result
+        return Cost(_reshare(out), 1)
+    wrap = (Message(0, 1, 1), Message(1, 0, 1), Message(2, 1, width))
     return Cost(wrap + _reshare(out), 2)
 
 
@@ -106,13 +108,31 @@ def _operands(m: int) -> Cost:
     return Cost((Message(0, 1, 1, m, True), Message(1, 2, 1, m - 1, True), Message(2, 1, 1, m - 1, True)), 2)
 
 
-def _sign_bits(*, m: int, **_: int) -> Cost:
+def _tree_sign_bits(*, m: int, **_: int) -> Cost:
     cost, groups = _operands(m), m - 1
     while groups > 1:
         pairs = groups // 2
         cost += _and(2 * pairs - 1)
         groups -= pairs
     return cost
+
+
+def _exchanged(planes: int) -> Cost:
+    """Roles 0 and 1 tell each other planes under masks."""
+    return Cost((Message(0, 1, 1, planes, True), Message(1, 0, 1, planes, True)), 1)
+
+
+def _sign(m: int, count: int = 1) -> Cost:
+    """``count`` signs an element, to xor shares at roles 0 and 1."""
+    plan = carry_plan(m)
+    cost = Cost((Message(1, 0, 1, count * m, True), Message(2, 1, 1, count * plan.dealt, True)), 1)
+    for planes in plan.opened:
+        cost += _exchanged(count * planes)
+    return cost
+
+
+def _sign_bits(*, m: int, **_: int) -> Cost:
+    return _sign(m) + _exchanged(1)
 
 
 def _to_bits(*, m: int, **_: int) -> Cost:
@@ -124,21 +144,61 @@ def _to_bits(*, m: int, **_: int) -> Cost:
 
 
 def _bits_to_words(*, k: int, **_: int) -> Cost:
-    opened = (Message(0, 1, 1, 1, True), Message(1, 0, 1, 1, True), Message(2, 1, k))
-    return Cost(opened + _reshare(k), 2)
+    return _exchanged(1) + Cost((Message(2, 1, k), *_reshare(k)), 1)
 
 
 def _less_than_zero(*, k: int, m: int, **_: int) -> Cost:
-    return _sign_bits(m=m) + _bits_to_words(k=k)
+    return _sign(m) + _bits_to_words(k=k)
 
 
-def _evaluate(*, f: int, period: int, harmonics: int, squared: int, out: int, **_: int) -> Cost:
-    """``f``: fraction bits of x; ``out``: of the result; ``period``: log2 of the period; ``squared``: 1 if
-    there is x^2.
+def _tree_less_than_zero(*, k: int, m: int, **_: int) -> Cost:
+    return _tree_sign_bits(m=m) + _bits_to_words(k=k)
+
+
+def _select_negative(*, k: int, m: int, ys: int = 1, **_: int) -> Cost:
+    """``ys``: how many values one sign chooses from."""
+    return _sign(m) + _chosen(k, 1, ys)
+
+
+def _chosen(k: int, bits: int, ys: int) -> Cost:
+    """``bits`` bits an element opened, each times ``ys`` values, summed."""
+    words = (Message(2, 1, k, bits * (1 + ys)), Message(0, 1, k, ys), Message(1, 0, k, ys))
+    return _exchanged(bits) + Cost(words, 1)
+
+
+def _select_largest(*, k: int, m: int, r: int, ys: int = 1, **_: int) -> Cost:
+    """Of ``r`` = 3 or 4 candidates; per element of the result."""
+    pairs = r * (r - 1) // 2
+    dealt = Cost((Message(2, 1, 1, {3: 2, 4: 13}[r], True),), 0)
+    return _sign(m, pairs) + _exchanged(pairs) + dealt + _chosen(k, r - 1, ys)
+
+
+def _tree_select_negative(*, k: int, m: int, **_: int) -> Cost:
+    return _tree_less_than_zero(k=k, m=m) + _bilinear(k=k)
+
+
+def _opened(opened: int, word: int, entries: int, two_way: int) -> Cost:
+    """A masked value of ``opened`` bits, one way or two, and ``entries`` dealt words."""
+    back = (Message(0, 1, opened),) if two_way else ()
+    return Cost((Message(1, 0, opened), *back, Message(2, 1, word, entries)), 1)
+
+
+def _evaluate(
+    *, opened: int, harmonics: int, word: int, scale: int, out: int, k: int, two_way: int = 0, count: int = 1,
+    **_: int,
+) -> Cost:  # fmt: skip
+    """``opened``: bits of a phase, period_log2 + f; ``scale``: fraction bits of the sum, in words of ``word`` bits;
+    ``out``: of the result; ``k``: the result's ring; ``count``: how many series share the opening.
     """
-    opened = Message(0, 1, 64 if squared else period + f)
-    dealt = Message(2, 1, 64, 2 * harmonics + squared)
-    return Cost((opened, dealt), 1) + _truncate(k=64, f=2 * f + 16 - out)
+    closing = _truncate(k=word, f=max(0, scale - out), out=k)
+    return _opened(opened, word, 2 * harmonics, two_way) + Cost(closing.messages * count, closing.rounds)
+
+
+def _exponential(
+    *, opened: int, blocks: int, word: int, scale: int, out: int, k: int, two_way: int = 0, **_: int
+) -> Cost:
+    """``blocks``: bits that tell the wrap; the rest as for ``evaluate``."""
+    return _opened(opened, word, 1 << blocks, two_way) + _truncate(k=word, f=max(0, scale - out), out=k)
 
 
 #: Cost of every move and override by name. Keywords: ``k`` ring bits, ``f`` bits dropped, ``m`` window bits.
@@ -157,11 +217,17 @@ MOVES: Mapping[str, Callable[..., Cost]] = MappingProxyType(
         "cast down": _free,
         "cast up": lambda **_: _truncate(k=32, f=0, out=64),
         "sign_bits": _sign_bits,
+        "sign_bits, not fused": _tree_sign_bits,
         "bits_to_words": _bits_to_words,
         "less_than_zero": _less_than_zero,
+        "less_than_zero, not fused": _tree_less_than_zero,
+        "select_negative": _select_negative,
+        "select_negative, not fused": _tree_select_negative,
+        "select_largest": _select_largest,
         "to_bits": _to_bits,
         "select": _bilinear,
         "evaluate": _evaluate,
+        "exponential": _exponential,
     }
 )
 

@@ -5,17 +5,20 @@ For tests, calibration and large quality sweeps. Its rounding is drawn from a ke
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.protocol.base import Bilinear, Protocol, Series, Window, plane_bytes
-from sfumato.protocol.rep3_bits import from_plane, to_planes
-from sfumato.protocol.rep3_evaluate import check_domain, series_scale
+from sfumato.protocol.base import Bilinear, Exponential, Protocol, Series, Window, plane_bytes
+from sfumato.protocol.rep3_evaluate import check_domain, check_exponential
 from sfumato.ring.fixed import decode
+from sfumato.ring.planes import from_plane, to_planes
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
-from sfumato.types import B8, Ring, Secret, Shared, TruncationError
+from sfumato.types import B8, Z64, Ring, Secret, Shared, TruncationError
 
 __all__ = ["Plain"]
 
@@ -82,31 +85,88 @@ class Plain(Protocol):
 
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
         window.check(x.ring)
-        words = x.parts[0] >> window.shift
-        plane = to_planes(words >> (window.bits - 1), 1)[0]
+        plane = to_planes(x.parts[0], 1, window.shift + window.bits - 1)[0]
         return Shared(Secret(B8, 0, (plane_bytes(x.type.numel),)), (plane,))
 
     async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
         return Shared(Secret(ring, 0, shape), (from_plane(plane.parts[0], shape, ring.dtype),))
 
-    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """The series in float64 on the decoded value, rounded once as the closing truncation does, with its
-        headroom.
+    async def evaluate_all(
+        self,
+        s: Session,
+        series: Sequence[Series],
+        x: Shared,
+        *,
+        frac: int | None = None,
+        ring: Ring | None = None,
+    ) -> tuple[Shared, ...]:
+        """Each series in float64 on the decoded value, with noise of the deviation that rep3's rounded sines have,
+        rounded once as the closing truncation does, with its headroom.
 
         Raises:
-            RangeError: a result leaves the range in which rep3's closing truncation is right; names the path.
+            RangeError: a result leaves the words in which rep3 sums it up; names the path.
         """
-        check_domain(series, x.type)
-        frac, scale = x.frac if frac is None else frac, series_scale(x.frac)
-        words = x.parts[0]
-        if words.device.type == "meta":
-            return Shared(Secret(x.ring, frac, x.shape), (words,))
-        exact = series(decode(words, x.frac)) * 2.0**scale
-        limit = 2.0 ** (x.ring.bits - 2)
-        if exact.numel() and not bool((exact.abs() < limit).all()):
+        frac, ring = x.frac if frac is None else frac, ring or x.ring
+        check_domain(series, x.type, ring, frac)
+        return tuple(
+            [
+                await self._rounded(s, g(decode(x.parts[0], x.frac)), g.noise, g.scale, g.word, frac, ring, i)
+                if x.parts[0].device.type != "meta"
+                else _nothing(ring, frac, x.shape)
+                for i, g in enumerate(series)
+            ]
+        )
+
+    async def exponential(
+        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+    ) -> Shared:
+        """exp in float64 on the decoded value, rounded as rep3's factors and closing truncation are.
+
+        Raises:
+            RangeError: a value leaves the specification's range; names the path.
+        """
+        ring = ring or x.ring
+        check_exponential(spec, x.type, ring, frac)
+        if x.parts[0].device.type == "meta":
+            return _nothing(ring, frac, x.shape)
+        value = decode(x.parts[0], x.frac)
+        if value.numel() and not (float(value.min()) >= spec.lo and float(value.max()) <= spec.hi):
             raise RangeError(
-                f"a function's value at {s.path} needs more than {x.ring.bits - 2 - scale} integer bits; "
+                f"an exponential at {s.path} was planned for [{spec.lo:g}, {spec.hi:g}] and its argument is outside; "
+                "calibrate on inputs like this one"
+            )
+        exact = torch.exp(value)
+        noise = exact * spec.error / 3.0
+        return await self._rounded(s, exact, noise, spec.frac_out, spec.word, frac, ring, 0)
+
+    async def _rounded(
+        self,
+        s: Session,
+        exact: Tensor,
+        noise: Tensor | float,
+        scale: int,
+        word: int,
+        frac: int,
+        ring: Ring,
+        which: int,
+    ) -> Shared:
+        """Real numbers as words of ``word`` bits at ``scale``, with this much noise, closed to ``frac`` bits."""
+        uniform = (
+            stream_words(_KEY, f"{s.path}|noise{which}", Z64, tuple(exact.shape)).to(torch.float64) / 2.0**63
+        )
+        # a uniform draw in [-1, 1] has deviation 1 / sqrt(3)
+        words = (exact + uniform * math.sqrt(3.0) * noise) * 2.0**scale
+        limit = 2.0 ** (word - 2)
+        if exact.numel() and not bool((words.abs() < limit).all()):
+            raise RangeError(
+                f"a function's value at {s.path} needs more than {word - 2 - scale} integer bits; "
                 "use fewer fraction bits, or calibrate on inputs like this one"
             )
-        fine = Shared(Secret(x.ring, scale, x.shape), (exact.round().to(x.ring.dtype),))
-        return await self.truncate(s, fine, scale - frac)
+        fine = Shared(Secret(Z64, scale, tuple(exact.shape)), (words.round().to(torch.int64),))
+        kept = min(frac, scale)
+        y = await self.truncate(s.fork(f"round{which}"), fine, scale - kept)
+        return self.lift(Shared(Secret(ring, kept, y.shape), (y.parts[0].to(ring.dtype),)), frac)
+
+
+def _nothing(ring: Ring, frac: int, shape: tuple[int, ...]) -> Shared:
+    return Shared(Secret(ring, frac, shape), (torch.empty(shape, dtype=ring.dtype, device="meta"),))

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.protocol.base import Bilinear, Linear, Protocol, Series, Window
+from sfumato.protocol.base import Bilinear, Exponential, Linear, Protocol, Series, Window, plane_bytes
 from sfumato.protocol.rep3_bits import bits_to_words, less_bits
 from sfumato.protocol.rep3_close import Additive, close, open_product, zero_share
-from sfumato.protocol.rep3_evaluate import evaluate
+from sfumato.protocol.rep3_evaluate import evaluate, exponential
+from sfumato.protocol.rep3_sign import bit_words, select_by_bit, select_largest, share_plane, sign_shares
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import Ring, Secret, Shared, TruncationError
 
@@ -29,6 +30,13 @@ class Rep3(Protocol):
     name = "rep3"
     parties = 3
     truncation = TruncationError(max_ulp=1.0, bias_ulp=0.0, headroom_bits=2)
+
+    def __init__(self, *, fused: bool = True, two_way: bool = False) -> None:
+        """``two_way``: openings under masks that do not depend on the secret, so that what role 2 deals can be made
+        ahead of time; a masked value then travels both ways.
+        """
+        super().__init__(fused=fused)
+        self.two_way = two_way
 
     # ---- in and out ----------------------------------------------------------------------------------------
 
@@ -167,20 +175,68 @@ class Rep3(Protocol):
     # ---- bits ----------------------------------------------------------------------------------------------
 
     async def sign_bits(self, s: Session, x: Shared, window: Window) -> Shared:
-        """Cost: 2 + ceil(log2(m - 1)) rounds, about 8m bits; see :func:`less_bits`. Leaks: nothing."""
-        return await less_bits(s, x, window)
+        """Cost: 2 + levels rounds, 97 bits and 3 rounds at m = 16; see :func:`sign_shares`. Not fused: a carry
+        tree of gates, :func:`less_bits`. Leaks: nothing.
+        """
+        if not self.fused:
+            return await less_bits(s, x, window)
+        bit = await sign_shares(s.fork("open"), x, window)
+        return await share_plane(s, bit, plane_bytes(x.type.numel))
 
     async def bits_to_words(self, s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
         """Cost: 2 rounds, 3k + 2 bits. Exact. Leaks: nothing."""
         return await bits_to_words(s, plane, ring, shape)
 
+    async def less_than_zero(
+        self, s: Session, x: Shared, window: Window, *, ring: Ring | None = None
+    ) -> Shared:
+        """Cost: 3 + levels rounds; 289 bits and 4 rounds at m = 16, k = 64. Leaks: nothing."""
+        if not self.fused:
+            return await super().less_than_zero(s, x, window, ring=ring)
+        bit = await sign_shares(s.fork("sign"), x, window)
+        return await bit_words(s.fork("b2a"), bit, ring or x.ring, x.shape)
+
+    async def select_negative(self, s: Session, x: Shared, window: Window, y: Shared | None = None) -> Shared:
+        """Cost: 3 + levels rounds; 4k + 2 bits and the sign's, 353 bits and 4 rounds at m = 16, k = 64; 3k
+        for each further y. Leaks: nothing.
+        """
+        y = x if y is None else y
+        if not self.fused:
+            return await super().select_negative(s, x, window, y)
+        bit = await sign_shares(s.fork("sign"), x, window)
+        return await select_by_bit(s.fork("select"), bit, y, x.shape)
+
+    async def select_largest(self, s: Session, x: Shared, window: Window, y: Shared | None = None) -> Shared:
+        """Cost: 4 + levels rounds; 1,113 bits and 5 rounds for four candidates at m = 16, k = 64, 681 for three.
+        Leaks: nothing.
+        """
+        y = x if y is None else y
+        if not self.fused or x.shape[0] not in (3, 4):
+            return await super().select_largest(s, x, window, y)
+        return await select_largest(s, x, window, y)
+
     # ---- one opening ---------------------------------------------------------------------------------------
 
-    async def evaluate(self, s: Session, series: Series, x: Shared, *, frac: int | None = None) -> Shared:
-        """One opening, 3 rounds; see :mod:`sfumato.protocol.rep3_evaluate`. The same with ``fused=False``: it
-        has no form on the plain moves yet, and a caller who wants none of it composes polynomials instead.
+    async def evaluate_all(
+        self,
+        s: Session,
+        series: Sequence[Series],
+        x: Shared,
+        *,
+        frac: int | None = None,
+        ring: Ring | None = None,
+    ) -> tuple[Shared, ...]:
+        """3 rounds; see :func:`sfumato.protocol.rep3_evaluate.evaluate`. The same with ``fused=False``: it has no form
+        on the plain moves, and a caller who wants none of it composes polynomials instead.
         """
-        return await evaluate(self, s, series, x, x.frac if frac is None else frac)
+        frac, ring = x.frac if frac is None else frac, ring or x.ring
+        return await evaluate(self, s, series, x, frac, ring, two_way=self.two_way)
+
+    async def exponential(
+        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+    ) -> Shared:
+        """3 rounds; see :func:`sfumato.protocol.rep3_evaluate.exponential`."""
+        return await exponential(self, s, spec, x, frac, ring or x.ring, two_way=self.two_way)
 
     # ---- at the client -------------------------------------------------------------------------------------
 

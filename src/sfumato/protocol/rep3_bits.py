@@ -1,49 +1,22 @@
-"""Bit-sliced boolean circuits for replicated shares: carries, sign bits, a2b, and single bits back to words.
+"""Bit-sliced boolean circuits of replicated gates: carries, sign bits, a2b, and single bits back to words.
 
 A secret of m bits is m bit planes in B8 (byte = eight elements), so a gate is one xor or and over packed
-bytes and planes travel without packing. Arguments in docs/security/rep3.md, "bits".
+bytes and planes travel without packing. Signs are cheaper by :mod:`sfumato.protocol.rep3_sign`; the tree here is for
+``fused=False``. Argument in docs/security/rep3.md, "to_bits".
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sfumato.protocol.base import Window, plane_bytes
-from sfumato.protocol.rep3_close import reshare, zero_share
+from sfumato.protocol.rep3_close import zero_share
+from sfumato.protocol.rep3_sign import bit_words
+from sfumato.ring.planes import to_planes
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
 
-__all__ = ["bits_to_words", "from_plane", "less_bits", "to_bits", "to_planes"]
-
-
-def to_planes(words: Tensor, bits: int) -> Tensor:
-    """Bits 0..bits-1 of every word as packed planes; words (any shape, n elements) -> (bits, ceil(n / 8))
-    uint8.
-    """
-    count = words.numel()
-    if words.device.type == "meta":
-        return torch.empty((bits, plane_bytes(count)), dtype=torch.uint8, device="meta")
-    flat = words.reshape(-1).contiguous().numpy()
-    out = np.empty((bits, plane_bytes(count)), np.uint8)
-    for start in range(0, bits, 8):
-        group = (flat >> start).astype(np.uint8)
-        for j in range(start, min(start + 8, bits)):
-            out[j] = np.packbits(group & np.uint8(1 << (j - start)) != 0, bitorder="little")
-    return torch.from_numpy(out)
-
-
-def from_plane(plane: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """One packed plane as 0/1 words of ``shape``."""
-    if plane.device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device="meta")
-    count = int(np.prod(shape, dtype=np.int64))
-    return (
-        torch.from_numpy(np.unpackbits(plane.numpy(), count=count, bitorder="little"))
-        .reshape(shape)
-        .to(dtype)
-    )
+__all__ = ["bits_to_words", "less_bits", "to_bits"]
 
 
 async def _operands(s: Session, x: Shared, window: Window) -> tuple[Shared, Shared]:
@@ -57,16 +30,16 @@ async def _operands(s: Session, x: Shared, window: Window) -> tuple[Shared, Shar
     zero = torch.zeros(type.shape, dtype=torch.uint8, device=s.device)
     first, second = x.parts
     if s.role == 0:
-        planes = to_planes((first + second) >> window.shift, m)
+        planes = to_planes(first + second, m, window.shift)
         b0 = s.prg("planes", (0, 2), B8, type.shape)
         b1 = planes ^ b0
         await s.exchange([Send(s.at(1), "planes", b1, 8)])
         return Shared(type, (b0, b1)), Shared(type, (zero, zero))
     if s.role == 1:
         (b1,) = await s.exchange([], [Receive(s.at(0), "planes", type.shape, torch.uint8, 8)])
-        return Shared(type, (b1, zero)), Shared(type, (zero, to_planes(second >> window.shift, m)))
+        return Shared(type, (b1, zero)), Shared(type, (zero, to_planes(second, m, window.shift)))
     b0 = s.prg("planes", (0, 2), B8, type.shape)
-    return Shared(type, (zero, b0)), Shared(type, (to_planes(first >> window.shift, m), zero))
+    return Shared(type, (zero, b0)), Shared(type, (to_planes(first, m, window.shift), zero))
 
 
 async def _first_and(s: Session, u: Shared, v: Shared) -> Shared:
@@ -191,29 +164,7 @@ def _replaced(x: Shared, rows: list[int], values: Shared) -> Shared:
 
 
 async def bits_to_words(s: Session, plane: Shared, ring: Ring, shape: tuple[int, ...]) -> Shared:
-    """b2a of one bit plane. Cost: 2 rounds, 3k + 2 bits.
-
-    Roles 0 and 1 open the bit xor a bit that role 2 knows; role 2 deals additive shares of that bit.
-    """
-    size = plane.shape
-    if s.role == 2:
-        r = from_plane(s.prg("ra", (0, 2), B8, size) ^ s.prg("rb", (1, 2), B8, size), shape, ring.dtype)
-        dealt = r - s.prg("r", (0, 2), ring, shape)
-        await s.exchange([Send(s.at(1), "r", dealt, ring.bits)])
-        return await reshare(s, None, shape, ring, 0)
+    """b2a of one bit plane. Cost: 2 rounds, 3k + 2 bits."""
     first, second = plane.parts
-    if s.role == 0:
-        mine = first ^ s.prg("ra", (0, 2), B8, size)
-        (theirs,) = await s.exchange(
-            [Send(s.at(1), "b0", mine, 8)], [Receive(s.at(1), "b2", size, torch.uint8, 8)]
-        )
-        dealt = s.prg("r", (0, 2), ring, shape)
-        opened = from_plane(mine ^ second ^ theirs, shape, ring.dtype)
-        return await reshare(s, opened + (1 - 2 * opened) * dealt, shape, ring, 0)
-    mine = second ^ s.prg("rb", (1, 2), B8, size)
-    theirs, dealt = await s.exchange(
-        [Send(s.at(0), "b2", mine, 8)],
-        [Receive(s.at(0), "b0", size, torch.uint8, 8), Receive(s.at(2), "r", shape, ring.dtype, ring.bits)],
-    )
-    opened = from_plane(mine ^ first ^ theirs, shape, ring.dtype)
-    return await reshare(s, (1 - 2 * opened) * dealt, shape, ring, 0)
+    bit = None if s.role == 2 else first ^ second if s.role == 0 else second
+    return await bit_words(s, bit, ring, shape)

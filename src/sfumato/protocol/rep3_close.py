@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import TypeMismatch
 from sfumato.protocol.base import Bilinear, Linear
+from sfumato.ring.closing import judge, rounded_down, rounded_up
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
 
@@ -103,15 +104,17 @@ def _added(s: Session, u: Additive, plus: Shared | None) -> Additive:
 
 
 async def close(
-    s: Session, u: Additive, bits: int, source: Ring, frac: int, ring: Ring | None = None
+    s: Session, u: Additive, bits: int, source: Ring | int, frac: int, ring: Ring | None = None
 ) -> Shared:
-    """(u0 + u1) / 2^bits as replicated shares in ``ring``.
+    """(u0 + u1) / 2^bits as replicated shares in ``ring``; ``source``: the ring of u0 + u1, or the bits of its words.
+
+    Words of other widths than a ring's are kept sign-extended. Where a wrap cannot reach the result (k - bits >= k'),
+    nothing is dealt for it.
 
     The ring's wrap w of u0 + u1 is p - a*b for bits a, p known to role 0 and b to role 1, if |value| <
     2^(k-2); a*b is one private product of two bits with role 2's help. Role 0 rounds up, role 1 rounds down.
 
-    Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits, k' = bits of ``ring``; 2k' and 1 round if nothing is
-    dropped.
+    Cost: 2 rounds, 2k' + (k' - k) + bits + 2 bits, k' = bits of ``ring``; 2k' and 1 round if no wrap can tell.
     Error: floor or ceiling of the exact quotient; the ceiling with probability equal to the fraction
     when u1 is uniform, so |e| < 1 ulp, mean 0, and a quotient without remainder is exact. Cannot fail in its
     range.
@@ -121,18 +124,20 @@ async def close(
     the two-bit product are our own (docs/design/003).
 
     Raises:
-        TypeMismatch: a boolean ring, a narrower result, or ``bits`` outside [0, k).
+        TypeMismatch: a boolean ring, a ring narrower than another ring, or ``bits`` outside [0, k).
     """
-    ring = ring or source
-    k, out = source.bits, ring.bits
-    if source.kind != "Z" or ring.kind != "Z" or out < k:
-        raise TypeMismatch(f"a truncation cannot take {source} to {ring}; cast afterwards")
+    if isinstance(source, Ring):
+        ring = ring or source
+        if source.kind != "Z" or ring.kind != "Z" or ring.bits < source.bits:
+            raise TypeMismatch(f"a truncation cannot take {source} to {ring}; cast afterwards")
+        source = source.bits
+    assert ring is not None
+    k, shape = source, u.shape
     if not 0 <= bits < k:
-        raise TypeMismatch(f"a truncation of {source} drops 0 to {k - 1} bits, not {bits}")
-    shape = u.shape
-    if bits == 0 and out == k:
-        return await reshare(s, u.words, shape, ring, frac)
-    width = out - k + bits
+        raise TypeMismatch(f"a truncation of {k}-bit words drops 0 to {k - 1} bits, not {bits}")
+    width = ring.bits - k + bits
+    if width <= 0:
+        return await reshare(s, _without_wrap(s, u, bits, ring), shape, ring, frac)
     if s.role == 2:
         ra, rb = _bit(s, "ra", (0, 2), shape), _bit(s, "rb", (1, 2), shape)
         dealt0 = s.prg("ab", (0, 2), ring, shape)
@@ -144,13 +149,15 @@ async def close(
     if s.role == 0:
         ra = _bit(s, "ra", (0, 2), shape)
         dealt = s.prg("ab", (0, 2), ring, shape)
-        judged = s.local(shape, torch.uint8, lambda: _outer_quarters(words, k, bits))
+        judged = s.local(shape, torch.uint8, lambda: judge(words, k, bits))
         own = s.local(shape, torch.uint8, lambda: (judged & 1) ^ ra)
         (other,) = await s.exchange(
             [Send(s.at(1), "a", own, 1)], [Receive(s.at(1), "b", shape, torch.uint8, 1)]
         )
         y = s.local(
-            shape, ring.dtype, lambda: _rounded_up(words, k, bits, ring, judged, own ^ other, other, dealt)
+            shape,
+            ring.dtype,
+            lambda: rounded_up(words, k, bits, ring.dtype, judged, own ^ other, other, dealt),
         )
     else:
         rb = _bit(s, "rb", (1, 2), shape)
@@ -159,47 +166,26 @@ async def close(
             [Send(s.at(0), "b", own, 1)],
             [Receive(s.at(0), "a", shape, torch.uint8, 1), Receive(s.at(2), "ab", shape, ring.dtype, width)],
         )
-        y = s.local(shape, ring.dtype, lambda: _rounded_down(words, k, bits, ring, own, other, rb, dealt))
+        y = s.local(
+            shape, ring.dtype, lambda: rounded_down(words, k, bits, ring.dtype, own, other, rb, dealt)
+        )
     return await reshare(s, y, shape, ring, frac)
+
+
+def _without_wrap(s: Session, u: Additive, bits: int, ring: Ring) -> Tensor | None:
+    """The summands' quotients where a wrap is a multiple of the result's 2^k': role 0 rounds up, role 1 down."""
+    if u.words is None:
+        return None
+    words, up = u.words, 1 if s.role == 0 and bits else 0
+    return s.local(
+        u.shape, ring.dtype, lambda: (((words - up) >> bits) + up if bits else words).to(ring.dtype)
+    )
 
 
 def _bit(s: Session, name: str, roles: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
     """A random bit per element, as bytes."""
     words = s.prg(name, roles, B8, shape)
     return s.local(shape, torch.uint8, lambda: words & 1)
-
-
-def _outer_quarters(words: Tensor, k: int, bits: int) -> Tensor:
-    """a + 2p of role 0: a = [u0 outside [-L/4, L/4)], p = [u0 >= L/4]; u0 less one when it will be rounded up."""
-    # ceil(u / 2^f) = floor((u - 1) / 2^f) + 1, with the 1 taken off before the wrap is judged.
-    top = (words - 1 if bits else words) >> (k - 2)
-    p = (top == 1).to(torch.uint8)
-    return (p | (top == -2).to(torch.uint8)) | p << 1
-
-
-def _signs(both: Tensor, ring: Ring) -> Tensor:
-    """(1 - 2a')(1 - 2b') = 1 - 2(a' xor b')."""
-    return (1 - (both << 1).to(torch.int8)).to(ring.dtype)
-
-
-def _rounded_up(
-    words: Tensor, k: int, bits: int, ring: Ring, judged: Tensor, both: Tensor, other: Tensor, dealt: Tensor
-) -> Tensor:
-    """Role 0's quotient less w0 = p - (ab)_0 wraps."""
-    wrap = ((judged >> 1).to(torch.int8) - (judged & other & 1).to(torch.int8)).to(ring.dtype)
-    wrap -= _signs(both, ring).mul_(dealt)
-    quotient = ((words - 1) >> bits if bits else words).to(ring.dtype)
-    quotient -= wrap << (k - bits)
-    return quotient.add_(1) if bits else quotient
-
-
-def _rounded_down(
-    words: Tensor, k: int, bits: int, ring: Ring, own: Tensor, other: Tensor, rb: Tensor, dealt: Tensor
-) -> Tensor:
-    """Role 1's quotient plus (ab)_1 wraps."""
-    product = (other & rb).to(torch.int8) * (1 - (own << 1).to(torch.int8))
-    wrap = _signs(own ^ other, ring).mul_(dealt).add_(product)
-    return (words >> bits).to(ring.dtype) + (wrap << (k - bits))
 
 
 async def reshare(s: Session, y: Tensor | None, shape: tuple[int, ...], ring: Ring, frac: int) -> Shared:

@@ -1,149 +1,263 @@
-"""A univariate function by one opening: role 2 deals sines of a mask, roles 0 and 1 open the masked value.
+"""Univariate functions by one opening: role 2 deals functions of a mask, roles 0 and 1 open the masked value.
 
-One-way form: the mask is t = x2 + r with r from the stream of roles 0 and 2, so x - t = x0 + x1 - r is known
-to role 0 without a message and one message tells role 1. Role 2 never sees it. Argument in
-docs/security/rep3.md, "evaluate". Source: [SHAFT] for sine series by one opening; own: exact short polynomial
-coefficients, so that only sines are rounded.
+The mask covers x0, which role 2 holds: t = x0 + r. One way, r is the stream of roles 1 and 2, so that role 1 knows
+x - t = x1 + x2 - r by itself and one message tells role 0; everything in that round goes from a role to the one below
+it. Two ways, t is made of streams alone, so that what is dealt does not depend on x and can be made ahead of time.
+Role 2 never sees the masked value. Argument in docs/security/rep3.md, "evaluate" and "exponential". Source: [SHAFT] for
+sine series by one opening; own: dense periods by a public multiplier, words as narrow as the tolerance allows, and the
+exponential as a product of two factors with the wrap read off the opened value's top bits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
-from sfumato.protocol.base import Protocol, Series
+from sfumato.protocol.base import Protocol
 from sfumato.protocol.rep3_close import Additive, close
-from sfumato.ring import trig
+from sfumato.protocol.series import Exponential, Series
+from sfumato.ring import powers, trig
 from sfumato.session.session import Receive, Send, Session
-from sfumato.types import Z64, Secret, Shared
+from sfumato.types import Z32, Z64, Ring, Secret, Shared
 
-__all__ = ["check_domain", "evaluate", "series_scale"]
-
-#: Fraction bits of the dealt sines.
-_DEALT = 22
-#: Fraction bits of a series' coefficients; with sines of 30 bits, products of coefficients below 8 fit a
-#: word.
-_COEFFICIENT = 28
-#: Elements whose harmonics are worked on at a time: they stay in cache.
-_CHUNK = 1 << 14
+__all__ = ["check_domain", "check_exponential", "evaluate", "exponential", "opened_bits"]
 
 
-def series_scale(frac: int) -> int:
-    """Fraction bits before the closing truncation: x^2 times a 16-bit coefficient."""
-    return 2 * frac + Series.POLY_FRAC
+def opened_bits(series: Series, frac: int) -> int:
+    """Bits of the phase that are opened: a period of x at ``frac`` fraction bits."""
+    return series.period_log2 + frac
 
 
-def check_domain(series: Series, type: Secret) -> None:
-    """Raise ``TypeMismatch`` unless a value of this type can be put into the series."""
-    if type.ring != Z64:
-        raise TypeMismatch(f"evaluate works in Z64, not in {type.ring}; cast first")
-    if not 0 <= type.frac <= 20:
-        raise TypeMismatch(f"evaluate takes 0 to 20 fraction bits, not {type.frac}; truncate first")
-    if not 12 <= series.period_log2 + type.frac <= 50:
+def check_domain(series: Sequence[Series], type: Secret, ring: Ring, frac: int) -> None:
+    """Raise ``TypeMismatch`` unless a value of this type can be put into these series, all at once."""
+    if type.ring.kind != "Z" or ring.kind != "Z":
+        raise TypeMismatch(f"evaluate works in Z rings, not from {type.ring} to {ring}; cast first")
+    first = series[0]
+    if len({(g.centre, g.period_log2, g.multiplier, g.dealt, g.word) for g in series}) != 1:
+        raise TypeMismatch("series that share an opening need one centre, period and word; fit them together")
+    bits = opened_bits(first, type.frac)
+    if not (12 <= bits <= 50 and bits <= type.ring.bits):
         raise TypeMismatch(
-            f"a period of 2^{series.period_log2} with {type.frac} fraction bits is "
-            "outside the sine table's 12 to 50 bits"
+            f"a period of 2^{first.period_log2} with {type.frac} fraction bits is outside the 12 to "
+            f"{min(50, type.ring.bits)} bits that {type.ring} can open; truncate or cast first"
+        )
+    for g in series:
+        _check_result(g.scale, g.word, frac)
+        if g.linear and (g.scale < type.frac + g.linear_frac or g.word > type.ring.bits):
+            raise TypeMismatch(
+                f"the series' linear part was fitted for fewer than {type.frac} fraction bits or for a wider ring than "
+                f"{type.ring}; fit it for this type"
+            )
+
+
+def _check_result(scale: int, word: int, frac: int) -> None:
+    """Raise ``TypeMismatch`` unless words at this scale can be closed to ``frac`` fraction bits."""
+    if not (frac >= 0 and scale - frac <= word - 2):
+        raise TypeMismatch(
+            f"words of {word} bits with {scale} fraction bits hold nothing of a result with {frac}; ask for more"
         )
 
 
-async def evaluate(p: Protocol, s: Session, series: Series, x: Shared, frac: int) -> Shared:
-    """series(x) with ``frac`` fraction bits. Domain: the series' interval; x in Z64 with at most 20 fraction
-    bits.
-
-    Cost: 3 rounds; 64 (opening) + 64 per harmonic and sine or cosine + 64 (x^2, if any) + truncation 2*64 +
-    f' + 2. Opens period_log2 + frac bits instead of 64 if there is no x^2. Range: |series| < 2^(62 - 2 frac -
-    16). Error: the fit's plus about 2^-22 per unit of sum |coefficients| plus one ulp. Leaks: nothing; role 2
-    knows the mask and receives nothing.
-    """
-    check_domain(series, x.type)
-    scale = series_scale(x.frac)
-    if series.centre:
-        x = p.add_public(s, x, p.encode(x, -series.centre))
-    period_bits = series.period_log2 + x.frac
-    harmonics = len(series.cos)
-    squared = series.quadratic != 0.0
-    # A full opening is needed for x^2 alone; sines need the phase, and fewer bits travel.
-    opened_bits = 64 if squared else period_bits
-    rows = 2 * harmonics + squared
-    shape, dealt_shape = x.shape, (rows, *x.shape)
+async def _open(s: Session, x: Shared, multiplier: int, bits: int, two_way: bool) -> Tensor:
+    """``multiplier * x - t`` mod 2^bits, flat, at roles 0 and 1. Cost: 1 round, ``bits`` bits, twice that two ways."""
+    shape, count = x.shape, x.type.numel
     first, second = x.parts
-    poly = round(series.linear * 2**Series.POLY_FRAC) << x.frac
-    square = round(series.quadratic * 2**Series.POLY_FRAC)
-    if s.role == 2:
-        mask = first + s.prg("t", (0, 2), Z64, shape)
-        table = _dealt(mask, period_bits, harmonics, squared) - s.prg("dealt", (0, 2), Z64, dealt_shape)
-        await s.exchange([Send(s.at(1), "dealt", table, 64)])
-        return await close(s, Additive(None, shape), scale - frac, Z64, frac)
-    if s.role == 0:
-        known = first + second
-        mask = s.prg("t", (0, 2), Z64, shape)
-        delta = known - mask
-        await s.exchange([Send(s.at(1), "delta", delta, opened_bits)])
-        table = s.prg("dealt", (0, 2), Z64, dealt_shape)
-        u = known * poly
-        u += round(series.constant * 2.0**scale)
-        if squared:
-            u += square * (delta * delta + 2 * delta * mask + table[-1])
-    else:
-        delta, table = await s.exchange(
-            [],
-            [
-                Receive(s.at(0), "delta", shape, torch.int64, opened_bits),
-                Receive(s.at(2), "dealt", dealt_shape, torch.int64, 64),
-            ],
+    low = (1 << bits) - 1
+    long = torch.int64
+
+    def phase(*parts: Tensor, less: Tensor) -> Tensor:
+        total = parts[0].to(long) if len(parts) == 1 else parts[0].to(long) + parts[1]
+        return (total * multiplier - less).reshape(-1) & low
+
+    def local(*parts: Tensor, less: Tensor) -> Tensor:
+        return s.local((count,), long, lambda: phase(*parts, less=less))
+
+    if two_way:
+        name, peer = ("t0", 1) if s.role == 0 else ("t1", 0)
+        own = s.prg(name, (0, 2) if s.role == 0 else (1, 2), Z64, shape)
+        mine = local(first, second, less=own) if s.role == 0 else local(second, less=own)
+        (theirs,) = await s.exchange(
+            [Send(s.at(peer), f"delta{s.role}", mine, bits)],
+            [Receive(s.at(peer), f"delta{peer}", (count,), long, bits)],
         )
-        u = second * poly
-        if squared:
-            u += square * (2 * delta * second + table[-1])
-    _add_sines(u, series, delta, period_bits, table, scale - _DEALT)
-    return await close(s, Additive(u, shape), scale - frac, Z64, frac)
+        return s.local((count,), long, lambda: (mine + theirs) & low)
+    if s.role == 1:
+        delta = local(first, second, less=s.prg("t", (1, 2), Z64, shape))
+        await s.exchange([Send(s.at(0), "delta", delta, bits)])
+        return delta
+    (delta,) = await s.exchange([], [Receive(s.at(1), "delta", (count,), long, bits)])
+    return delta
 
 
-def _chunks(words: Tensor) -> list[slice]:
-    return [slice(i, i + _CHUNK) for i in range(0, words.numel(), _CHUNK)]
+def _mask(s: Session, x: Shared, multiplier: int, bits: int, two_way: bool) -> Tensor:
+    """Role 2's mask of the phase, flat."""
+    shape, count = x.shape, x.type.numel
+    low = (1 << bits) - 1
+    if two_way:
+        t0, t1 = s.prg("t0", (0, 2), Z64, shape), s.prg("t1", (1, 2), Z64, shape)
+        return s.local((count,), torch.int64, lambda: (t0 + t1).reshape(-1) & low)
+    r, mine = s.prg("t", (1, 2), Z64, shape), x.parts[1]
+    return s.local((count,), torch.int64, lambda: (mine.to(torch.int64) * multiplier + r).reshape(-1) & low)
 
 
-def _dealt(mask: Tensor, period_bits: int, count: int, squared: bool) -> Tensor:
-    """cos and sin of the mask's harmonics (interleaved rows), scaled by 2^22, then the square of the mask."""
-    out = torch.empty((2 * count + squared, *mask.shape), dtype=torch.int64, device=mask.device)
-    if mask.device.type == "meta":
-        return out
-    flat, rows = mask.reshape(-1), out.reshape(out.shape[0], -1)
-    drop = trig.SCALE_BITS - _DEALT
-    half = 1 << (drop - 1)
-    for piece in _chunks(flat):
-        cos, sin = trig.harmonics(flat[piece], period_bits, count)
-        rows[0 : 2 * count : 2, piece] = cos.add_(half).bitwise_right_shift_(drop)
-        rows[1 : 2 * count : 2, piece] = sin.add_(half).bitwise_right_shift_(drop)
-        if squared:
-            torch.mul(flat[piece], flat[piece], out=rows[-1, piece])
-    return out
+def _word_ring(word: int) -> Ring:
+    """The narrowest machine word that holds a dealt word."""
+    return Z32 if word <= 32 else Z64
 
 
-def _add_sines(u: Tensor, series: Series, delta: Tensor, period_bits: int, table: Tensor, scale: int) -> None:
-    """Add sum_k c_k cos(k(d + t)) + s_k sin(k(d + t)) to u in place, by the addition theorem.
+def _signed(words: Tensor, word: int) -> Tensor:
+    """Words mod 2^word, with their sign extended to the machine word."""
+    spare = words.element_size() * 8 - word
+    return (words << spare) >> spare if spare else words
 
-    Public factors are integers scaled by 2^``scale`` from integer sines and 2^28-scaled coefficients,
-    bit-identical at both roles.
+
+async def evaluate(
+    p: Protocol,
+    s: Session,
+    series: Sequence[Series],
+    x: Shared,
+    frac: int,
+    ring: Ring,
+    *,
+    two_way: bool = False,
+) -> tuple[Shared, ...]:
+    """Each series of x with ``frac`` fraction bits in ``ring``; all from one opening.
+
+    Domain: the series' interval; x in Z64 or Z32. Cost: 3 rounds; period_log2 + f bits opened (twice, two ways), 2 word
+    bits dealt per harmonic, then per series the closing truncation 2k' + (k' - word + scale - f') + 2.
+    Error: the fit's, noise of standard deviation ``series.noise`` and mean 0, one ulp. Range: |series| 2^scale <
+    2^(word - 2). Leaks: nothing; role 2 knows the mask and receives nothing.
     """
-    if u.device.type == "meta" or not series.cos:
-        return
-    count = len(series.cos)
-    c = _coefficients(series.cos)
-    d = _coefficients(series.sin)
-    drop = trig.SCALE_BITS + _COEFFICIENT - scale
-    flat_u, flat_delta, rows = u.view(-1), delta.reshape(-1), table.reshape(table.shape[0], -1)
-    for piece in _chunks(flat_delta):
-        cos, sin = trig.harmonics(flat_delta[piece], period_bits, count)
-        with_cos, with_sin = cos * c, sin * -c
-        if any(series.sin):
-            with_cos += sin * d
-            with_sin += cos * d
-        for factor, first in ((with_cos, 0), (with_sin, 1)):
-            scaled = factor.bitwise_right_shift_(drop) if drop >= 0 else factor.bitwise_left_shift_(-drop)
-            flat_u[piece] += scaled.mul_(rows[first : 2 * count : 2, piece]).sum(0)
+    check_domain(series, x.type, ring, frac)
+    first = series[0]
+    if first.centre:
+        x = p.add_public(s, x, p.encode(x, -first.centre))
+    bits = opened_bits(first, x.frac)
+    shape, count = x.shape, x.type.numel
+    harmonics = max(len(g.cos) for g in series)
+    dealt_ring, size = _word_ring(first.word), (2 * harmonics, count)
+    if s.role == 2:
+        mask, own = _mask(s, x, first.multiplier, bits, two_way), s.prg("dealt", (0, 2), dealt_ring, size)
+
+        def rest() -> Tensor:
+            return trig.dealt(mask, bits, harmonics, first.dealt, dealt_ring.dtype).sub_(own)
+
+        await s.exchange([Send(s.at(1), "dealt", s.local(size, dealt_ring.dtype, rest), first.word)])
+        return await _closed(p, s, [Additive(None, shape)] * len(series), series, frac, ring)
+    delta = await _open(s, x, first.multiplier, bits, two_way)
+    if s.role == 0:
+        table = s.prg("dealt", (0, 2), dealt_ring, size)
+    else:
+        (table,) = await s.exchange([], [Receive(s.at(2), "dealt", size, dealt_ring.dtype, first.word)])
+
+    def summed(g: Series) -> Additive:
+        words = s.local(
+            shape, dealt_ring.dtype, lambda: _summed(s.role, g, x, delta, bits, table).reshape(shape)
+        )
+        return Additive(words, shape)
+
+    return await _closed(p, s, [summed(g) for g in series], series, frac, ring)
 
 
-def _coefficients(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor([round(v * 2.0**_COEFFICIENT) for v in values], dtype=torch.int64).unsqueeze(1)
+def _summed(role: int, g: Series, x: Shared, delta: Tensor, bits: int, table: Tensor) -> Tensor:
+    """Role 0's or 1's summand of one series at its scale, flat, sign-extended."""
+    unit = 2.0**trig.COEFFICIENT_BITS
+    cos, sin = [round(c * unit) for c in g.cos], [round(c * unit) for c in g.sin]
+    u = trig.weighted(delta, bits, table[: 2 * len(cos)], cos, sin, g.public)
+    if g.linear:
+        factor = round(g.linear * 2.0**g.linear_frac) << (g.scale - x.frac - g.linear_frac)
+        mine = x.parts[0] + x.parts[1] if role == 0 else x.parts[1]
+        u += (mine.reshape(-1).to(torch.int64) * factor).to(u.dtype)
+    if role == 0:
+        u += _wrapped(round(g.constant * 2.0**g.scale), u.dtype)
+    return _signed(u, g.word)
+
+
+def _wrapped(value: int, dtype: torch.dtype) -> int:
+    """An integer as a signed word."""
+    size = dtype.itemsize * 8
+    return (value + (1 << (size - 1))) % (1 << size) - (1 << (size - 1))
+
+
+async def _closed(
+    p: Protocol, s: Session, sums: Sequence[Additive], series: Sequence[Series], frac: int, ring: Ring
+) -> tuple[Shared, ...]:
+    async def one(child: Session, u: Additive, g: Series) -> Shared:
+        return await _lifted(p, child, u, g.scale, g.word, frac, ring)
+
+    if len(sums) == 1:
+        return (await one(s, sums[0], series[0]),)
+    pairs = list(zip(sums, series, strict=True))
+    closed = await s.gather(*(lambda child, u=u, g=g: one(child, u, g) for u, g in pairs))
+    return tuple(closed)
+
+
+async def _lifted(
+    p: Protocol, s: Session, u: Additive, scale: int, word: int, frac: int, ring: Ring
+) -> Shared:
+    """The closing truncation; a result finer than the sum is shifted up in the ring."""
+    kept = min(frac, scale)
+    return p.lift(await close(s, u, scale - kept, word, kept, ring), frac)
+
+
+# ---- exponentials ------------------------------------------------------------------------------------------
+
+
+def check_exponential(spec: Exponential, type: Secret, ring: Ring, frac: int) -> None:
+    """Raise ``TypeMismatch`` unless a value of this type can be put into the exponential."""
+    if type.ring.kind != "Z" or ring.kind != "Z" or spec.opened > type.ring.bits:
+        raise TypeMismatch(
+            f"an exponential works in Z rings of at least {spec.opened} bits, not from {type.ring} to {ring}"
+        )
+    if type.frac != spec.frac:
+        raise TypeMismatch(f"this exponential was planned for {spec.frac} fraction bits, not {type.frac}")
+    _check_result(spec.frac_out, spec.word, frac)
+
+
+async def exponential(
+    p: Protocol, s: Session, spec: Exponential, x: Shared, frac: int, ring: Ring, *, two_way: bool = False
+) -> Shared:
+    """exp(x) with ``frac`` fraction bits in ``ring``: exp(d + t) = exp(d) exp(t), one factor opened, one dealt.
+
+    z = multiplier (x - lo) is masked mod 2^opened; role 2 deals exp of what its mask adds for every value of the top
+    ``blocks`` bits of the opened word, because these and the bound on z say whether the mask wrapped.
+    Domain: [spec.lo, spec.hi]; outside it the result is meaningless. Cost: 3 rounds; ``opened`` + 2^blocks ``word``
+    bits, and the closing truncation 2k' + (k' - word + frac_out - f') + 2. Error: relative ``spec.error``, and one ulp.
+    Leaks: nothing; role 2 knows the mask and receives nothing.
+    """
+    check_exponential(spec, x.type, ring, frac)
+    x = p.add_public(s, x, p.encode(x, -spec.lo))
+    shape, count = x.shape, x.type.numel
+    denominator = spec.multiplier << spec.frac
+    block = spec.opened - spec.blocks
+    dealt_ring, size = _word_ring(spec.word), (spec.entries, count)
+    if s.role == 2:
+        mask = _mask(s, x, spec.multiplier, spec.opened, two_way)
+        own = s.prg("dealt", (0, 2), dealt_ring, size)
+        start = spec.multiplier * round(spec.lo * 2.0**spec.frac) - (1 << block)
+        scale = spec.frac_out - spec.public
+
+        def rest() -> Tensor:
+            return (
+                powers.rows(mask, spec.opened, denominator, start, scale, spec.blocks)
+                .to(dealt_ring.dtype)
+                .sub_(own)
+            )
+
+        await s.exchange([Send(s.at(1), "dealt", s.local(size, dealt_ring.dtype, rest), spec.word)])
+        return await _lifted(p, s, Additive(None, shape), spec.frac_out, spec.word, frac, ring)
+    delta = await _open(s, x, spec.multiplier, spec.opened, two_way)
+    if s.role == 0:
+        table = s.prg("dealt", (0, 2), dealt_ring, size)
+    else:
+        (table,) = await s.exchange([], [Receive(s.at(2), "dealt", size, dealt_ring.dtype, spec.word)])
+
+    def product() -> Tensor:
+        factor = powers.exponentials(delta & ((1 << block) - 1), block, denominator, 0, spec.public)
+        return powers.chosen(delta, block, factor, table, spec.word).reshape(shape)
+
+    u = Additive(s.local(shape, dealt_ring.dtype, product), shape)
+    return await _lifted(p, s, u, spec.frac_out, spec.word, frac, ring)

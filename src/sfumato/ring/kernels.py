@@ -1,8 +1,8 @@
 """``torch.library`` ops on ring words: matmul and convolution mod 2^k, with fake versions for the meta
 device.
 
-Plain torch integer kernels are the reference and today's CPU version; a native or CUDA kernel registers
-itself for its device under the same names and nothing above this file changes.
+Plain torch integer kernels are the reference; the CPU version is native where that was built and does the case. A CUDA
+kernel registers itself for its device under the same names and nothing above this file changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.ring import native
+
 __all__ = ["conv", "logical_shift_right", "matmul"]
 
 _FEW_ROWS, _LARGE = 256, 1 << 18
@@ -20,6 +22,16 @@ _FEW_ROWS, _LARGE = 256, 1 << 18
 
 @torch.library.custom_op("ring::matmul", mutates_args=(), device_types="cpu")
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    return _product(a, b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    done = native.matmul(a, b)
+    return _multiply(a, b) if done is None else done
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The product in torch."""
     if (
         a.dim() == b.dim() == 2
         and 1 < a.shape[0] <= _FEW_ROWS
@@ -40,7 +52,14 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def _conv(
     x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    return _convolve(x, w, stride, padding, dilation, groups)
+    return _convolution(x, w, stride, padding, dilation, groups)
+
+
+def _convolution(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    done = native.conv(x, w, stride, padding, dilation, groups)
+    return _convolve(x, w, stride, padding, dilation, groups) if done is None else done
 
 
 @_conv.register_fake
@@ -64,6 +83,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` mod 2^k, batched as in torch; int64 or int32, CPU or meta. (..., M, K) @ (..., K, N)."""
     if a.device.type == "meta":  # the fake version without the dispatcher's 200 us
         return torch.matmul(a, b)
+    if type(a) is type(b) is Tensor and a.is_cpu and b.is_cpu:  # nor its 12 us
+        return _product(a, b)
     return torch.ops.ring.matmul(a, b)
 
 
@@ -79,6 +100,8 @@ def conv(
     """Convolution mod 2^k with 1 to 3 spatial axes. x (N, C, ...), w (O, C/groups, ...) -> (N, O, ...)."""
     if x.device.type == "meta":
         return _convolve(x, w, stride, padding, dilation, groups)
+    if type(x) is type(w) is Tensor and x.is_cpu and w.is_cpu:
+        return _convolution(x, w, stride, padding, dilation, groups)
     return torch.ops.ring.conv(x, w, list(stride), list(padding), list(dilation), groups)
 
 

@@ -6,11 +6,15 @@ packed densely and padded to a byte. The size depends on count and width alone.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.errors import LinkError
+from sfumato.ring import native
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
@@ -25,6 +29,7 @@ def _planes(bits: int) -> list[tuple[int, int]]:
     return planes
 
 
+@lru_cache(maxsize=4096)
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that ``count`` fields of ``bits`` bits take."""
     return sum(-(-count * width // 8) for _, width in _planes(bits))
@@ -35,9 +40,16 @@ def pack(words: Tensor, bits: int) -> memoryview | bytes:
     flat = words.reshape(-1)
     if flat.dtype == torch.bool:
         flat = flat.to(torch.uint8)
-    array = flat.contiguous().numpy()
-    if bits == array.dtype.itemsize * 8:
-        return array.view(np.uint8).data
+    flat = flat.contiguous()
+    if bits == flat.element_size() * 8:
+        return flat.numpy().view(np.uint8).data
+    done = native.pack(flat, bits, packed_bytes(flat.numel(), bits))
+    return _pack(flat, bits) if done is None else done
+
+
+def _pack(flat: Tensor, bits: int) -> memoryview:
+    """Fields narrower than their words, in numpy."""
+    array = flat.numpy()
     array = array.view(np.dtype(f"u{array.dtype.itemsize}"))
     out = np.empty(packed_bytes(array.size, bits), np.uint8)
     at = 0
@@ -74,17 +86,26 @@ def unpack(
     Raises:
         LinkError: the number of bytes is not the one that shape and width ask for.
     """
-    count = int(np.prod(shape, dtype=np.int64))
-    if len(data) != packed_bytes(count, bits):
+    wanted = packed_bytes(math.prod(shape), bits)
+    if len(data) != wanted:
         raise LinkError(
-            f"a message of {len(data)} bytes where {packed_bytes(count, bits)} were expected; "
-            "the peer runs another program"
+            f"a message of {len(data)} bytes where {wanted} were expected; the peer runs another program"
         )
-    size = dtype.itemsize
-    signed = "u1" if size == 1 else f"i{size}"
-    raw = np.frombuffer(data, np.uint8)
-    if bits == size * 8:
-        return torch.from_numpy(raw.view(signed).copy()).reshape(shape)
+    if bits == dtype.itemsize * 8:
+        return torch.from_numpy(np.frombuffer(data, _signed(dtype)).copy()).reshape(shape)
+    done = native.unpack(data, bits, shape, dtype)
+    return _unpack(data, bits, shape, dtype) if done is None else done
+
+
+def _signed(dtype: torch.dtype) -> str:
+    return "u1" if dtype.itemsize == 1 else f"i{dtype.itemsize}"
+
+
+def _unpack(
+    data: bytes | bytearray | memoryview, bits: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Fields narrower than their words, in numpy."""
+    count, size, raw = math.prod(shape), dtype.itemsize, np.frombuffer(data, np.uint8)
     out = np.zeros(count, f"u{size}")
     at = 0
     for offset, width in _planes(bits):
@@ -102,4 +123,4 @@ def unpack(
                 wide[:, i] = (chunk >> np.uint8(i * width)) & np.uint8((1 << width) - 1)
             field = wide.reshape(-1)[:count].astype(out.dtype)
         out |= field << out.dtype.type(offset) if offset else field
-    return torch.from_numpy(out.view(signed)).reshape(shape)
+    return torch.from_numpy(out.view(_signed(dtype))).reshape(shape)

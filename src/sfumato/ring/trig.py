@@ -6,12 +6,15 @@ rotations, the low bits use two Taylor terms, harmonics follow by rotation; all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["SCALE_BITS", "harmonics", "table_digest"]
+from sfumato.ring import native
+
+__all__ = ["COEFFICIENT_BITS", "SCALE_BITS", "dealt", "harmonics", "table_digest", "weighted"]
 
 #: Fraction bits of the sines and cosines returned here.
 SCALE_BITS = 30
@@ -64,6 +67,18 @@ def table_digest() -> int:
     return int((cosines * torch.arange(1, cosines.numel() + 1)).sum() ^ (sines * 3).sum())
 
 
+def _phase(period_bits: int) -> tuple[int, int, int, int, int]:
+    """How a word's phase splits: bits of the period, below the table's, of these too many, missing to the table's, and
+    the small angle's unit.
+    """
+    low_bits = max(period_bits - _TABLE_BITS, 0)
+    # The small angle in units of 2^-44 (it is below 2*pi/2^11, so products stay far below 2^63).
+    # Of a long period its top 31 bits are enough, and leave 2*pi more than 22 bits of its own.
+    spare = max(low_bits - 31, 0)
+    unit = _two_pi(62 - low_bits + spare) >> _TABLE_BITS
+    return period_bits, low_bits, spare, max(_TABLE_BITS - period_bits, 0), unit
+
+
 def harmonics(words: Tensor, period_bits: int, count: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2*pi*k*words / 2^period_bits for k = 1..count; (count, *shape) int64, scaled by 2^30.
 
@@ -73,16 +88,13 @@ def harmonics(words: Tensor, period_bits: int, count: int) -> tuple[Tensor, Tens
     if words.device.type == "meta":
         empty = torch.empty((count, *words.shape), dtype=torch.int64, device="meta")
         return empty, empty
-    low_bits = max(period_bits - _TABLE_BITS, 0)
+    _, low_bits, spare, lift, unit = _phase(period_bits)
     phase = words.to(torch.int64) & ((1 << period_bits) - 1)
-    high = (phase >> low_bits) << max(_TABLE_BITS - period_bits, 0)
+    high = (phase >> low_bits) << lift
     cosines, sines = _table()
     c0, s0 = cosines[high], sines[high]
-    # The small angle in units of 2^-44 (it is below 2*pi/2^11, so products stay far below 2^63).
-    # Of a long period its top 31 bits are enough, and leave 2*pi more than 22 bits of its own.
-    spare = max(low_bits - 31, 0)
     small = (phase & ((1 << low_bits) - 1)) >> spare
-    angle = (small * (_two_pi(62 - low_bits + spare) >> _TABLE_BITS)) >> 18
+    angle = (small * unit) >> 18
     a30 = angle >> 14
     square = (a30 * a30) >> SCALE_BITS
     cos_small = (1 << SCALE_BITS) - (square >> 1)
@@ -97,3 +109,65 @@ def harmonics(words: Tensor, period_bits: int, count: int) -> tuple[Tensor, Tens
         torch.add(cos[k - 1] * c1 - sin[k - 1] * s1, half, out=cos[k]).bitwise_right_shift_(SCALE_BITS)
         torch.add(sin[k - 1] * c1 + cos[k - 1] * s1, half, out=sin[k]).bitwise_right_shift_(SCALE_BITS)
     return cos, sin
+
+
+#: Fraction bits of a series' coefficients inside :func:`weighted`: with sines of 30 bits, products of coefficients
+#: below 8 fit a word.
+COEFFICIENT_BITS = 28
+#: Elements worked on at a time: their harmonics stay in cache.
+_CHUNK = 1 << 13
+
+
+def dealt(mask: Tensor, period_bits: int, count: int, frac: int, dtype: torch.dtype) -> Tensor:
+    """cos and sin of the mask's harmonics 1..count, interleaved, rounded half up to ``frac`` <= 30 fraction bits.
+
+    mask (n,) int64 -> (2 count, n) ``dtype`` (int64 or int32).
+    """
+    if mask.device.type == "meta":
+        return torch.empty((2 * count, mask.numel()), dtype=dtype, device="meta")
+    done = native.dealt(mask, _phase(period_bits), *_table(), count, SCALE_BITS - frac, dtype)
+    return _dealt(mask, period_bits, count, frac, dtype) if done is None else done
+
+
+def _dealt(mask: Tensor, period_bits: int, count: int, frac: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((2 * count, mask.numel()), dtype=dtype, device=mask.device)
+    drop = SCALE_BITS - frac
+    half = (1 << drop) >> 1
+    for start in range(0, mask.numel(), _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        cos, sin = harmonics(mask[piece], period_bits, count)
+        out[0::2, piece] = cos.add_(half).bitwise_right_shift_(drop)
+        out[1::2, piece] = sin.add_(half).bitwise_right_shift_(drop)
+    return out
+
+
+def weighted(
+    delta: Tensor, period_bits: int, table: Tensor, cos: Sequence[int], sin: Sequence[int], frac: int
+) -> Tensor:
+    """sum_k a_k table[2 k] + b_k table[2 k + 1] mod 2^64 or 2^32, the table's words.
+
+    a_k = cos[k] cos((k + 1) d) + sin[k] sin((k + 1) d) and b_k = sin[k] cos((k + 1) d) - cos[k] sin((k + 1) d) for the
+    phase d of ``delta``, coefficients scaled by 2^28 and below 2^31 in size, rounded half up to ``frac`` fraction bits.
+    delta (n,) int64, table (2 count, n) int64 or int32 -> (n,) of the table's dtype.
+    """
+    if delta.device.type == "meta" or not cos:
+        return torch.zeros(delta.numel(), dtype=table.dtype, device=delta.device)
+    drop = SCALE_BITS + COEFFICIENT_BITS - frac
+    done = native.weighted(delta, _phase(period_bits), *_table(), table, cos, sin, drop)
+    return _weighted(delta, period_bits, table, cos, sin, drop) if done is None else done
+
+
+def _weighted(
+    delta: Tensor, period_bits: int, table: Tensor, cos: Sequence[int], sin: Sequence[int], drop: int
+) -> Tensor:
+    out = torch.zeros(delta.numel(), dtype=table.dtype, device=delta.device)
+    half = 1 << (drop - 1)
+    c, s = torch.tensor(cos).unsqueeze(1), torch.tensor(sin).unsqueeze(1)
+    for start in range(0, delta.numel(), _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        wave_cos, wave_sin = harmonics(delta[piece], period_bits, len(cos))
+        a = (wave_cos * c).add_(wave_sin * s).add_(half).bitwise_right_shift_(drop)
+        b = (wave_cos * s).sub_(wave_sin * c).add_(half).bitwise_right_shift_(drop)
+        total = (a * table[0::2, piece]).sum(0) + (b * table[1::2, piece]).sum(0)
+        out[piece] = total.to(table.dtype)
+    return out

@@ -1,0 +1,46 @@
+/* The library about itself: the digest of the sources it was made from, the CPU's level, scratch memory. */
+#include "common.h"
+
+#include <stdlib.h>
+
+EXPORT const char *sf_digest(void) { return SFUMATO_DIGEST; }
+
+static int most = 2;
+
+EXPORT void sf_limit(int level) { most = level; }
+
+EXPORT int sf_level(void) {
+#if X86
+    static int level = -1;
+    if (level < 0) {
+        __builtin_cpu_init();
+        int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        level = wide ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
+    }
+    return level < most ? level : most;
+#else
+    return 0;
+#endif
+}
+
+static __thread struct {
+    void *base;
+    size_t size;
+} held;
+
+void *sf_scratch(size_t bytes) {
+    if (bytes > held.size) {
+        free(held.base);
+        held.size = (bytes + 0xffff) & ~(size_t)0xffff;
+        if (posix_memalign(&held.base, 64, held.size)) held.base = NULL, held.size = 0;
+    }
+    return held.base;
+}
+
+void sf_keep(size_t bytes) {
+    if (held.size <= bytes) return;
+    free(held.base);
+    held.base = NULL;
+    held.size = 0;
+}
