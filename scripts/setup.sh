@@ -40,7 +40,8 @@ fi
 # One line each: the interpreter's version; a digest of what the package stamp depends on; torch's pin.
 facts=$("$python" - <<'PY'
 import hashlib, pathlib, platform, re
-parts = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+sources = sorted(pathlib.Path("src/sfumato/ring/csrc").iterdir())
+parts = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "hatch_build.py", *sources)]
 print(platform.python_version())
 print(hashlib.sha256(b"\0".join([*parts, platform.python_version().encode()])).hexdigest()[:24])
 print(re.search(r"^torch==(\S+)", parts[1].decode(), re.M).group(1))
@@ -154,6 +155,7 @@ say "installing sfumato and what it needs ($note)"
 rm -f "$package_stamp"
 pip install --constraint constraints.txt --editable ".$extras" ||
   die "sfumato's requirements did not install for Python $version (see above); run the same command again after a network fault, or set PYTHON=python3.11, for which the pins are tested."
+say "$("$venv/bin/python" -W ignore -c 'from sfumato.ring import native; print(native.describe())')"
 "$venv/bin/python" -m pip check >/dev/null || die "the installed packages contradict each other: $("$venv/bin/python" -m pip check 2>&1 | head -n 1); remove $venv and run again."
 echo "$package_want $mode" >"$package_stamp"
 rm -f "$marker"

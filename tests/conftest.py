@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_DATA = "data folder not found"
 NO_CUDA = "no CUDA device"
 WRONG_PLATFORM = "not on this platform"
+NO_KERNELS = "no native kernels"
 
 # A skip whose reason starts with none of these is a failure: a test that silently stopped running is worse
 # than a red one.
-EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM)
+EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM, NO_KERNELS)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from sfumato.errors import JobError
+from sfumato.errors import JobError, RangeError
 from sfumato.graph.places import Place
 from sfumato.graph.plan import ClientValues, Plan, client_side
 from sfumato.runtime.backend import Backend, open_backend
@@ -58,7 +58,11 @@ class Deployment:
     def __call__(self, *args: Any, reveal: bool = True, **kwargs: Any) -> Any:
         """The module's outputs; or, with ``reveal=False``, the same structure of :class:`Handle`.
 
-        A tensor argument may be a Handle of this deployment: its value never leaves the parties.
+        A tensor argument may be a Handle of this deployment: its value never leaves the parties. What a revealed value
+        descends from is certified before it is returned: one certificate for a chain of calls.
+
+        Raises:
+            RangeError: a layer of this call, or of one that a handle comes from, left its calibrated range.
         """
         number, program = self._calls, self.plan.program
         self._calls += 1
@@ -87,6 +91,12 @@ class Deployment:
         outputs = {n: f"out{number}/{n}" for n in self.plan.secret_outputs}
         self._backend.call(_PLAN, f"call{number}", names, values.publics, list(outputs.values()))
         self._backend.drop(*temporary)
+        if reveal:
+            try:
+                self._backend.certify(*outputs.values())
+            except RangeError:
+                self._backend.drop(*outputs.values())
+                raise
         found: dict[str, Any] = dict(values.outputs)
         for name, handle_name in outputs.items():
             shape, dtype = self.plan.program.types[name]
@@ -95,8 +105,6 @@ class Deployment:
                 self._backend.drop(handle_name)
             else:
                 found[name] = Handle(handle_name, shape, self._id)
-        if reveal:
-            self._backend.check_ranges(_PLAN)
         return self.plan.program.assemble(found)
 
     def drop(self, handle: Handle) -> None:

@@ -279,9 +279,7 @@ def _evaluate(
     return run
 
 
-def _evaluated(
-    series: Sequence[Series], out: int = OUT
-) -> Callable[[Words, Ring], tuple[Tensor, int, int]]:
+def _evaluated(series: Sequence[Series], out: int = OUT) -> Callable[[Words, Ring], tuple[Tensor, int, int]]:
     def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
         exact = [g(words[0].to(torch.float64) / 2.0**FRAC) for g in series]
         slack = math.ceil(7 * max(g.noise for g in series) * 2.0**30)
@@ -326,7 +324,11 @@ def _case_exponential(
 
     def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
         exact = torch.exp(words[0].to(torch.float64) / 2.0**FRAC)
-        return (exact * 2.0**30).round().to(torch.int64), 30 - OUT, math.ceil(spec.error * math.e**2 * 2.0**30)
+        return (
+            (exact * 2.0**30).round().to(torch.int64),
+            30 - OUT,
+            math.ceil(spec.error * math.e**2 * 2.0**30),
+        )
 
     def sizes(ring: Ring) -> Mapping[str, int]:
         return {
@@ -334,9 +336,7 @@ def _case_exponential(
             "k": (to or ring).bits, "two_way": int(two_way),
         }  # fmt: skip
 
-    return Case(
-        name, run, expect, "exponential", sizes, bits=(15,), rings=rings, protocols=("rep3", "plain")
-    )
+    return Case(name, run, expect, "exponential", sizes, bits=(15,), rings=rings, protocols=("rep3", "plain"))
 
 
 def _from_planes(words: Words, ring: Ring) -> tuple[Tensor, int, int]:

@@ -143,6 +143,19 @@ def test_frames_of_all_sizes_in_one_flush(links: list[Any]) -> None:
     assert [bytes(receive(links[2], 0, A).payload) for _ in payloads] == payloads
 
 
+def test_settling_waits_until_what_was_flushed_has_left(links: list[Any]) -> None:
+    before, payload = links[0].wire_bytes(), bytes(3 << 20)
+    links[0].send(1, Frame(A, BYTES, 0, payload))
+    links[0].flush()
+    frame = in_parallel(lambda: receive(links[1], 0, A), lambda: links[0].settle(5.0))[0]
+    assert frame.payload == payload
+    if isinstance(links[0], TlsLink):
+        assert before >= 0
+        assert len(payload) < links[0].wire_bytes() - before < 1.05 * len(payload)
+    else:
+        assert links[0].wire_bytes() == -1  # nobody counts
+
+
 def test_big_simultaneous_sends_do_not_deadlock(links: list[Any]) -> None:
     payload = bytes(30_000_000)
 

@@ -141,7 +141,9 @@ def test_exponential_at_block_borders(
     to: Ring,
 ) -> None:
     """x at lo, hi and where the phase crosses sixteenths of the word, masks there too, shares at the ring's edges."""
-    spec = Exponential(-6.0, 1.0, 18, 15 if blocks == 1 else 13, 25 if blocks > 1 else 26, blocks, 14, 42, 48, 2.0**-12)
+    spec = Exponential(
+        -6.0, 1.0, 18, 15 if blocks == 1 else 13, 25 if blocks > 1 else 26, blocks, 14, 52, 58, 2.0**-12
+    )
     spec = replace(spec, multiplier=min(15, (spec.reach - 1) // (7 << 18)))
     low, high = round(spec.lo * 2**18), round(spec.hi * 2**18)
     word = min(max(low + (place << (spec.opened - 4)) // spec.multiplier + step, low), high)
@@ -207,7 +209,8 @@ def test_evaluate_at_both_ends_under_every_mask(two_way: bool) -> None:
     mask=st.integers(0, 4095),
     shares=st.tuples(st.sampled_from(EDGES), st.sampled_from(EDGES)),
     scales=st.sampled_from(
-        [(4, 4, 13), (8, 10, 24), (12, 14, 31), (12, 14, 32), (12, 15, 33), (20, 21, 47), (28, 28, 62), (28, 28, 63), (30, 28, 64)]
+        [(4, 4, 13), (8, 10, 24), (12, 14, 31), (12, 14, 32), (12, 15, 33), (20, 21, 47), (28, 28, 62),
+         (28, 28, 63), (30, 28, 64)]
     ),
     slope=st.sampled_from([0.0, 0.5, -1.5]),
     turn=st.integers(0, 2),
@@ -252,7 +255,11 @@ def test_outside_its_range_a_series_is_garbage_and_no_crash(words: list[int], tw
 def test_several_series_are_those_of_single_openings() -> None:
     """Values agree with each series by itself; the opening is shared, the rounding is not."""
     p, words = Rep3(), torch.arange(-200, 200)
-    group = (SMALL, replace(SMALL, cos=(1.0,), sin=(0.0,), linear=0.25, linear_frac=2), replace(SMALL, public=12))
+    group = (
+        SMALL,
+        replace(SMALL, cos=(1.0,), sin=(0.0,), linear=0.25, linear_frac=2),
+        replace(SMALL, public=12),
+    )
     parts = suite.components(words, Z64, 4)
 
     async def main(s: Session) -> tuple[Shared, ...]:
@@ -266,6 +273,7 @@ def test_several_series_are_those_of_single_openings() -> None:
 
 def test_what_cannot_be_opened_is_refused_everywhere() -> None:
     for p in (Rep3(), Plain()):
+
         def value(s: Session, ring: Ring, frac: int, p: Protocol = p) -> Shared:
             return suite.shares(p, s.party, [torch.zeros(3, dtype=ring.dtype)] * 3, ring, frac)
 
@@ -291,6 +299,12 @@ def test_what_cannot_be_opened_is_refused_everywhere() -> None:
         for body in (bits, boolean, fine, apart, scale, nothing):
             with pytest.raises(TypeMismatch):
                 simulate(body, parties=p.parties)
-    for bad in ({"cos": (), "sin": ()}, {"cos": (9.0, 0.0)}, {"word": 27}, {"multiplier": 0}, {"linear": 0.3}):
+    for bad in (
+        {"cos": (), "sin": ()},
+        {"cos": (9.0, 0.0)},
+        {"word": 27},
+        {"multiplier": 0},
+        {"linear": 0.3},
+    ):
         with pytest.raises(ValueError, match="series"):
             replace(SMALL, **bad)

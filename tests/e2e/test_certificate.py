@@ -39,7 +39,7 @@ def test_a_linear_result_may_pass_what_calibration_saw() -> None:
     plan = sf.make_plan(sf.capture(module, (inputs(1.0),)))
     sf.run(plan, (inputs(3.0),), backend="simulate")
     with pytest.raises(sf.RangeError, match="linear at the root"):
-        sf.run(plan, (inputs(40.0),), backend="simulate")
+        sf.run(plan, (inputs(400.0),), backend="simulate")
 
 
 def test_it_can_be_switched_off_and_then_costs_nothing() -> None:
@@ -49,6 +49,87 @@ def test_it_can_be_switched_off_and_then_costs_nothing() -> None:
     result = sf.run(plan, (inputs(1.0),), backend="simulate", certificate=False)
     assert off.same_cost(result.cost)
     assert not any("certificate" in path for path in result.cost.by_path)
+
+
+def chain() -> sf.Plan:
+    """A plan whose outputs fit its inputs, so that calls can follow each other."""
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()
+    return sf.make_plan(sf.capture(module, (inputs(1.0),)))
+
+
+def test_a_chain_of_calls_pays_one_certificate_when_it_is_revealed() -> None:
+    with sf.deploy(chain(), backend="simulate") as deployment:
+        handle = deployment(inputs(1.0), reveal=False)
+        for _ in range(3):
+            following = deployment(handle, reveal=False)
+            deployment.drop(handle)
+            handle = following
+        assert not any("certificate" in path for path in deployment.cost.by_path)
+        before = deployment.cost
+        deployment(handle)
+        after = deployment.cost
+        paths = {path for path in after.by_path if "certificate" in path}
+        assert paths == {"/ranges0/certificate"}
+        one = sf.estimate(chain())  # one call and its certificate
+        assert after.rounds - before.rounds <= one.rounds  # calls may overlap by a round
+        deployment(deployment(inputs(1.0), reveal=False))
+        assert sum("certificate" in path for path in deployment.cost.by_path) == 2
+
+
+def test_a_violation_early_in_a_chain_is_named_at_the_end() -> None:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.SiLU(), nn.Linear(8, 8), nn.Tanh()).eval()
+    plan = sf.make_plan(sf.capture(module, (inputs(1.0),)))
+    with sf.deploy(plan, backend="simulate") as deployment:
+        wrong = deployment(inputs(9.0), reveal=False)
+        right = deployment(inputs(1.0), reveal=False)
+        after = deployment(wrong, reveal=False)
+        deployment.drop(wrong)
+        with pytest.raises(sf.RangeError, match=r"silu at 0 \(\d+ of 24 samples\)"):
+            deployment(after)
+        with pytest.raises(sf.RangeError, match="silu at 0"):  # it is remembered, and nobody computes on
+            deployment(after, reveal=False)
+        assert deployment(right).shape == (64, 8)  # another lineage
+
+
+def test_samples_of_values_that_nobody_can_reveal_are_forgotten() -> None:
+    from sfumato.runtime.backend import Lockstep
+
+    with sf.deploy(chain(), backend="simulate") as deployment:
+        backend = deployment._backend
+        assert isinstance(backend, Lockstep)
+
+        def waiting() -> list[str]:
+            return [name for name in backend._machines[0]._handles if name.endswith(":samples")]
+
+        first = deployment(inputs(1.0), reveal=False)
+        second = deployment(first, reveal=False)
+        deployment.drop(first)
+        assert len(waiting()) == 2  # the second call descends from both
+        deployment.drop(second)
+        assert waiting() == []
+        deployment(inputs(1.0))
+        assert waiting() == []
+
+
+def test_many_calls_are_judged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded memory: the certificate comes before the reveal when samples pile up, and the estimate knows it."""
+    monkeypatch.setattr("sfumato.runtime.backend._MOST_SAMPLES", 2 * 8 * len(watched(chain())))
+
+    def calls(backend: str) -> sf.CostReport:
+        with sf.deploy(chain(), backend=backend) as deployment:
+            handle = deployment(inputs(1.0), reveal=False)
+            for _ in range(4):
+                following = deployment(handle, reveal=False)
+                deployment.drop(handle)
+                handle = following
+            deployment(handle)
+            return deployment.cost
+
+    real = calls("simulate")
+    assert sum("certificate" in path for path in real.by_path) == 2
+    assert calls("meta").same_cost(real)
 
 
 def test_results_do_not_depend_on_thread_count() -> None:

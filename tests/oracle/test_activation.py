@@ -101,6 +101,22 @@ def test_hard_gates_are_exact_to_a_few_units(protocol, run, normal, op, f) -> No
     assert float((found - f(x)).abs().max()) <= 40 * ULP + 2.0**-9
 
 
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 1e-5), (1.0, 1.0 + 2.0**-17), (-3e-4, 3e-4), (5.0, 5.002)])
+def test_ranges_of_a_few_units_are_fitted(protocol, run, lo: float, hi: float) -> None:
+    plan = plan_smooth("silu", lo, hi)
+    assert error(run, protocol, "silu", plan, lo, hi) <= 6e-5
+
+
+@pytest.mark.parametrize("name", ["elu", "silu", "sigmoid", "softplus"])
+@pytest.mark.parametrize(
+    ("lo", "hi"), [(0.5, 1.0), (-0.5, 0.25), (16.0, 20.0), (-90.0, -20.0), (-13.0, -11.5)]
+)
+def test_clamped_ranges_on_one_side_of_a_tail(run, name: str, lo: float, hi: float) -> None:
+    plan = plan_smooth(name, lo, hi, method="clamped")
+    for p in (Rep3(), Plain()):
+        assert error(run, p, name, plan, lo, hi) <= 1e-4 + 2.0**-9
+
+
 def test_plans_survive_json() -> None:
     for plan in (plan_smooth("silu", -8.0, 8.0), plan_smooth("tanh", -80.0, 8.0)):
         assert SmoothPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

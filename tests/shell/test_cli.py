@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from sfumato.shell.cli import app
 
-COMMANDS = ["demo", "generate", "estimate", "party", "cluster"]
+COMMANDS = ["demo", "generate", "estimate", "party", "cluster", "catalogue"]
 
 
 def run(*arguments: str) -> Result:
@@ -29,7 +29,9 @@ def test_help_lists_every_command() -> None:
         assert re.search(rf"\b{command}\b", result.output)
 
 
-@pytest.mark.parametrize("command", [["demo"], ["generate"], ["estimate"], ["party"], ["cluster", "init"]])
+@pytest.mark.parametrize(
+    "command", [["demo"], ["generate"], ["estimate"], ["party"], ["cluster", "init"], ["catalogue"]]
+)
 def test_each_command_shows_an_example(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
@@ -52,6 +54,7 @@ def test_version() -> None:
         (["generate", "a boat", "--out", "no/such/folder/image.png"], "no folder"),
         (["estimate", "./no/such/folder"], "no pipeline folder"),
         (["party", "--folder", "./no/such/folder"], "cluster file"),
+        (["catalogue", "cosine"], "no function 'cosine'; there are exp, reciprocal"),
     ],
 )
 def test_errors_are_one_line(

@@ -181,6 +181,7 @@ def test_plans_travel_as_json() -> None:
         lambda d: d.pop("options"),
         lambda d: d["options"].update(extra=1),
         lambda d: d["places"].update(x="elsewhere"),
+        lambda d: d["watches"].update({"nobody.scores": ["", 0.0, 1.0, 18]}),
     ],
 )
 def test_broken_plans_are_refused(change: Any) -> None:
@@ -206,6 +207,54 @@ def test_margins_differ_with_real_calibration() -> None:
     assert guessed.options.margin > measured.options.margin > 1
     assert "example arguments" in str(guessed)
     assert "example arguments" not in str(measured)
+
+
+def test_calls_of_one_run_are_one_sample_in_a_list() -> None:
+    def args(seed: int) -> tuple[Any, ...]:
+        source = torch.Generator().manual_seed(seed)
+        return torch.randn(3, 4, generator=source), torch.tensor(0.5), torch.tensor([1, 4, 2])
+
+    def plan(calibration: list[Any]) -> Plan:
+        module = nn.Sequential(nn.Linear(4, 4), nn.SiLU()).eval()
+        with torch.no_grad():
+            module[0].weight.copy_(torch.arange(16.0).reshape(4, 4) / 8)
+            module[0].bias.zero_()
+        return make_plan(capture(module, (args(0)[0],)), calibration=calibration)
+
+    calls = [((args(seed)[0],), {}) for seed in range(6)]
+    apart, together = plan(calls), plan([calls[:3], calls[3:]])
+    assert (apart.calibration.samples, together.calibration.samples) == (6, 2)
+    assert apart.calibration.stats == together.calibration.stats
+    assert "2 runs; so few show nothing" in str(together)
+    # Any order of runs gives the same plan, and so does the calibration's JSON.
+    assert plan(calls[::-1]).digest() == apart.digest()
+    stored = json.loads(json.dumps(apart.calibration.to_json()))
+    assert plan(stored).digest() == apart.digest()
+
+
+def test_the_table_says_method_error_headroom_and_cost() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4), nn.SiLU(), nn.Softmax(-1)).eval()
+    runs = [((torch.randn(64, 4),), {}) for _ in range(10)]
+    text = make_plan(capture(module, runs[0][0]), calibration=runs).table()
+    assert "by the tail model" in text
+    row = next(line for line in text.splitlines() if " silu " in line)
+    assert row.split()[0] == "2"
+    assert "series" in row
+    assert "bits" in row
+    assert "sines" in row
+    assert " linear " in text
+    assert " softmax " in text
+
+
+def test_the_budget_follows_the_results_scale() -> None:
+    """The same function and range; results a tenth of the size get a tenth of the absolute error."""
+    errors = []
+    for scale in (4.0, 0.4):
+        runs = [((scale * torch.rand(64, 8) + scale,), {}) for _ in range(10)]
+        plan = make_plan(capture(nn.Tanh().eval(), runs[0][0]), calibration=runs)
+        (choice,) = plan.choices.values()
+        errors.append(choice["error"])
+    assert errors[1] < errors[0] < 2.5e-4
 
 
 def test_too_large_values_are_refused_before_any_share() -> None:

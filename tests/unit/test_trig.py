@@ -45,6 +45,55 @@ def test_exact_points() -> None:
     assert sin[0].tolist() == [0, one, 0, -one]
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled kernels where there are any, and the same in torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(trig.native, "dealt", lambda *_: None)
+        monkeypatch.setattr(trig.native, "weighted", lambda *_: None)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("frac", [4, 11, 17, 30])
+def test_dealt_sines_are_rounded_to_nearest(kernels: str, frac: int, dtype: torch.dtype) -> None:
+    """Interleaved harmonics, half a unit and 2^-23 off at most; a mask of any length, none included."""
+    mask = torch.arange(9001) * 2654435761 & ((1 << 26) - 1)
+    found = trig.dealt(mask, 26, 3, frac, dtype)
+    assert (found.dtype, found.shape) == (dtype, (6, 9001))
+    phase = mask.double() * (2 * torch.pi / 2**26)
+    for k in range(3):
+        for row, exact in ((2 * k, torch.cos((k + 1) * phase)), (2 * k + 1, torch.sin((k + 1) * phase))):
+            off = (found[row].double() - exact * 2.0**frac).abs()
+            assert float(off.max()) <= 0.5 + 2.0 ** (frac - 23)
+    assert trig.dealt(mask[:0], 26, 3, frac, dtype).shape == (6, 0)
+    assert trig.dealt(mask.to("meta"), 26, 3, frac, dtype).device.type == "meta"
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.int64, 64), (torch.int32, 32)])
+@pytest.mark.parametrize("frac", [4, 18, 30])
+def test_weights_are_rounded_and_sums_wrap(kernels: str, frac: int, dtype: torch.dtype, bits: int) -> None:
+    """The same words as big integers give, for coefficients at both ends and tables of any words."""
+    unit = 1 << trig.COEFFICIENT_BITS
+    cos, sin = [8 * unit - 1, -3, 0], [-8 * unit + 1, unit // 3, 0]
+    delta = torch.cat([torch.arange(300) * 7919, torch.tensor([0, 1, (1 << 22) - 1])])
+    g = torch.Generator().manual_seed(2)
+    half = 1 << (bits - 1)
+    table = torch.randint(-half, half - 1, (6, len(delta)), generator=g).to(dtype)
+    found = trig.weighted(delta, 22, table, cos, sin, frac)
+    waves = [part.tolist() for part in trig.harmonics(delta, 22, 3)]
+    drop = trig.SCALE_BITS + trig.COEFFICIENT_BITS - frac
+    for i in range(len(delta)):
+        total = 0
+        for k in range(3):
+            c, s = waves[0][k][i], waves[1][k][i]
+            a = (cos[k] * c + sin[k] * s + (1 << (drop - 1))) >> drop
+            b = (sin[k] * c - cos[k] * s + (1 << (drop - 1))) >> drop
+            total += a * int(table[2 * k, i]) + b * int(table[2 * k + 1, i])
+        assert int(found[i]) == (total + half) % (2 * half) - half
+    assert trig.weighted(delta[:0], 22, table[:, :0], cos, sin, frac).shape == (0,)
+
+
 def test_only_the_phase_counts() -> None:
     """Bits above the period are ignored: an opening of period_bits bits is enough."""
     words = torch.arange(0, 1 << 14, 37)

@@ -1,22 +1,26 @@
-"""The cases that SPU and CrypTen were measured on, as plain torch modules with the same weights and inputs.
+"""The cases that SPU and CrypTen are measured on, as plain torch modules with the same weights and inputs.
 
 Weights and inputs come from NumPy's seeded generator in a fixed order, so every system computes the same
-function of the same float32 numbers. The reference is the module itself in float64.
+function of the same float32 numbers. The reference is the module itself in float64. Without a twin in the
+peers' own list: ``exp_negative``, ``quick_gelu`` and ``less``.
 """
 
 from __future__ import annotations
 
 import copy
+import fnmatch
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sfumato.errors import JobError
 
 __all__ = ["Case", "all_cases", "reference", "select"]
 
@@ -25,11 +29,15 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Case:
-    """A module in evaluation mode and its float32 arguments, made on demand."""
+    """A module in evaluation mode and its float32 arguments, made on demand.
+
+    ``has_weights``: it is also of interest with public ones. ``long``: takes minutes, so only when it is named.
+    """
 
     name: str
     make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
     has_weights: bool = False
+    long: bool = False
 
     def built(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
         """The module, without gradients, and its arguments."""
@@ -41,7 +49,8 @@ def reference(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """The module's output in float64."""
     exact = copy.deepcopy(module).double()
     with torch.inference_mode():
-        return exact(*(x.double() for x in inputs))
+        found: Tensor = exact(*(x.double() for x in inputs))
+    return found
 
 
 class Draw:
@@ -195,12 +204,14 @@ class Weighted(nn.Module):
 _RANGES: dict[str, tuple[float, float, Callable[[Tensor], Tensor]]] = {
     "relu": (-5, 5, torch.relu),
     "exp": (-6, 3, torch.exp),
+    "exp_negative": (-14, 0, torch.exp),
     "reciprocal": (0.2, 20, torch.reciprocal),
     "rsqrt": (0.1, 50, torch.rsqrt),
     "sigmoid": (-6, 6, torch.sigmoid),
     "tanh": (-4, 4, torch.tanh),
     "gelu": (-5, 5, F.gelu),
     "gelu_tanh": (-5, 5, lambda x: F.gelu(x, approximate="tanh")),
+    "quick_gelu": (-5, 5, lambda x: x * torch.sigmoid(1.702 * x)),
     "silu": (-6, 6, F.silu),
     "mish": (-5, 5, F.mish),
 }
@@ -228,6 +239,11 @@ def _product(count: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Function(torch.mul), (Draw(1).normal(count), Draw(2).normal(count))
 
 
+def _less(count: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    values = Draw(1).uniform(-5, 5, count), Draw(2).uniform(-5, 5, count)
+    return Function(lambda x, y: (x < y).to(x.dtype)), values
+
+
 def _softmax(rows: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Function(lambda x: torch.softmax(x, -1)), (Draw().normal(rows, rows, scale=2.0),)
 
@@ -238,10 +254,11 @@ def _norm(groups: int | None, *shape: int) -> tuple[nn.Module, tuple[Tensor, ...
     return layer, (draw.normal(*shape),)
 
 
-def _transformer(causal: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _transformer(causal: bool, layers: int = 1) -> tuple[nn.Module, tuple[Tensor, ...]]:
     draw = Draw()
     x = draw.normal(128, 768)
-    return TransformerLayer(draw, causal), (x,)
+    stack = [TransformerLayer(draw, causal) for _ in range(layers)]
+    return (nn.Sequential(*stack) if layers > 1 else stack[0]), (x,)
 
 
 def _unet() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -255,22 +272,42 @@ def _unet() -> tuple[nn.Module, tuple[Tensor, ...]]:
 def all_cases() -> Iterator[Case]:
     """Every case, cheap ones first."""
     for m, k, n in ((512, 512, 512), (128, 768, 3072), (1024, 1024, 1024)):
-        yield Case(f"matmul_{m}x{k}x{n}", lambda m=m, k=k, n=n: _matmul(m, k, n), True)
+        yield Case(f"matmul_{m}x{k}x{n}", partial(_matmul, m, k, n), True)
     for c in (64, 320):
-        yield Case(f"conv3x3_{c}x32x32", lambda c=c: _conv(c, 32), True)
+        yield Case(f"conv3x3_{c}x32x32", partial(_conv, c, 32), True)
     for count, label in ((100_000, "1e5"), (1_000_000, "1e6")):
-        yield Case(f"mul_{label}", lambda count=count: _product(count))
+        yield Case(f"mul_{label}", partial(_product, count))
         for name in _RANGES:
-            yield Case(f"{name}_{label}", lambda name=name, count=count: _elementwise(name, count))
+            yield Case(f"{name}_{label}", partial(_elementwise, name, count))
+        yield Case(f"less_{label}", partial(_less, count))
     for rows in (256, 1024):
-        yield Case(f"softmax_{rows}x{rows}", lambda rows=rows: _softmax(rows))
-    yield Case("layernorm_128x768", lambda: _norm(None, 128, 768))
-    yield Case("groupnorm32_320x32x32", lambda: _norm(32, 1, 320, 32, 32))
+        yield Case(f"softmax_{rows}x{rows}", partial(_softmax, rows))
+    yield Case("layernorm_128x768", partial(_norm, None, 128, 768))
+    yield Case("groupnorm32_320x32x32", partial(_norm, 32, 1, 320, 32, 32))
     yield Case("unet_mnist_28", _unet, True)
-    yield Case("bert_layer_128", lambda: _transformer(False), True)
-    yield Case("gpt2_layer_128", lambda: _transformer(True), True)
+    yield Case("bert_layer_128", partial(_transformer, False), True)
+    yield Case("gpt2_layer_128", partial(_transformer, True), True)
+    yield Case("bert_base_12_128", partial(_transformer, False, 12), True, long=True)
 
 
-def select(pattern: str) -> list[Case]:
-    """Cases whose name matches the regular expression."""
-    return [case for case in all_cases() if re.search(pattern, case.name)]
+def select(patterns: Sequence[str], *, public: bool = False) -> list[Case]:
+    """Cases by name or shell pattern (``*_1e5``), each once, in the order of the list; all short ones without patterns.
+    ``public``: those that have weights.
+
+    Raises:
+        JobError: a pattern that no case matches, with the names there are.
+    """
+    cases = list(all_cases())
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
+            raise JobError(f"there is no case {pattern!r}; use {', '.join(case.name for case in cases)}")
+    chosen = [
+        case
+        for case in cases
+        if (any(fnmatch.fnmatchcase(case.name, p) for p in patterns) if patterns else not case.long)
+    ]
+    if public:
+        chosen = [case for case in chosen if case.has_weights]
+        if not chosen:
+            raise JobError("none of these cases has weights that could be public; leave --public out")
+    return chosen

@@ -44,18 +44,20 @@ PROMPTS = (
     "",
 )
 _BUDGET_S = 60.0
-_SAMPLES = 96
-_RUNS = 32
+#: Trajectories that tell how runs differ, and calls of all of them that are measured.
+_RUNS = 24
+_SAMPLES = 240
 _SHORTEST = 4
-_FORMAT = 2
+_FORMAT = 3
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
 
 class Trajectories(NamedTuple):
-    """``samples``: arguments of the denoiser; ``finals``: the latents at the end of each trajectory."""
+    """``samples``: arguments of the denoiser, a list for each trajectory, which counts as one run; ``finals``: the
+    latents at the end of each."""
 
-    samples: list[Sample]
+    samples: list[list[Sample]]
     finals: list[Tensor]
 
 
@@ -71,7 +73,7 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
         prepared = replace(prepared, schedule=probe_schedule(pipe.scheduler, longest))
     steps, batch = len(prepared.schedule.steps), prepared.batch
     # Each trajectory costs its calls, then about twice that again to measure what was recorded.
-    wanted = max(-(-len(PROMPTS) // batch), min(_RUNS, _SAMPLES // steps))
+    wanted = max(-(-len(PROMPTS) // batch), _RUNS)
     runs = max(1, min(wanted, int(_BUDGET_S / (3 * steps * one_s))))
     kept = max(2, min(steps, _SAMPLES // runs))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
@@ -79,9 +81,10 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
             start = _sample(pipe, prepared, run)
+            found.samples.append([])
             for k, sample in enumerate(_trajectory(denoiser, prepared, start, found.finals)):
                 if k in recorded:
-                    found.samples.append(sample)
+                    found.samples[-1].append(sample)
                 bar.update()
     return found
 

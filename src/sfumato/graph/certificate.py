@@ -1,9 +1,11 @@
 """A cheap check, under the protocol, that a run stayed in the ranges its plan was calibrated for.
 
 A few random elements per interactive call are compared with what the plan allows: the argument of a function
-planned for a range with that range, the result of any other call with a wide bound. The client alone learns how
-many of each call's samples were outside. Sampling misses rare outliers: with n samples a call, a share q of
-violations goes unseen with probability (1 - q)^n.
+planned for a range with that range, so are a norm's mean squares and an attention's scores and row sums inside it, the
+result of any other call with a wide bound. While a plan runs, samples are only kept; they are compared when something
+that descends from the run is to be opened, those of many runs in one batch. The client alone learns how many of each
+call's samples were outside. Sampling misses rare outliers: with n samples a call, a share q of violations goes unseen
+with probability (1 - q)^n.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,82 +26,148 @@ from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
 from sfumato.types import Z64, Ring, Shared
 
-__all__ = ["SAMPLES", "Certificate", "watched", "window"]
+__all__ = ["SAMPLES", "Samples", "failed", "sample_count", "violations", "watched", "window"]
 
-#: Elements looked at per call.
+#: Elements looked at per watch.
 SAMPLES = 8
-_WINDOW_BITS = 40
+#: Bits of a comparison: so many below the top bit of a bound, the rest are room for values beyond it.
+_WINDOW_BITS, _BELOW = 48, 30
+#: Units of a sample's last bit that it may lie outside: rounding.
+_ROUNDING = 4
+_POSITIVE = (1 << 62) - 1
 _PUBLIC = hashlib.blake2b(b"sfumato certificate positions", digest_size=32).digest()
 
 
 def watched(plan: Plan) -> list[str]:
-    """Names of the calls that a certificate of this plan looks at, in its order."""
-    return [node.name for node in plan.secret_nodes if node.name in plan.watches]
+    """What a certificate of this plan looks at, in its order: names of calls, and ``call.part`` inside calls."""
+    order = {node.name: i for i, node in enumerate(plan.secret_nodes)}
+    return sorted(plan.watches, key=lambda key: (order[key.partition(".")[0]], key))
+
+
+def sample_count(plan: Plan) -> int:
+    """Elements that one run of the plan leaves to be compared."""
+    return SAMPLES * len(plan.watches)
+
+
+def _tops(plan: Plan) -> dict[str, int]:
+    """By watch: the bits of a word at its bound, in the fraction bits of the value that it looks at."""
+    frac = plan.options.frac
+    return {
+        key: math.frexp(max(abs(w.lo), abs(w.hi)))[1] + (frac if w.frac < 0 else w.frac)
+        for key, w in plan.watches.items()
+    }
 
 
 def window(plan: Plan, ring: Ring) -> Window:
-    """The bits that tell a value's side of its bound: ten bits of room above the largest bound."""
-    largest = max(max(abs(w.lo), abs(w.hi)) for w in plan.watches.values())
-    bits = min(_WINDOW_BITS, ring.bits - 1)
-    top = math.frexp(largest)[1] + plan.options.frac + 10
-    return Window(min(max(0, top - bits + 1), ring.bits - bits), bits)
+    """The bits that tell a value's side of its bound. Samples are shifted up until all bounds have the same top bit."""
+    top = max(_tops(plan).values())
+    shift = min(max(0, top - _BELOW), ring.bits - 2)
+    return Window(shift, min(_WINDOW_BITS, ring.bits - 1 - shift))
 
 
-class Certificate:
-    """Collects samples while a plan runs and compares them at the end."""
+class Samples:
+    """Collects a few elements per watch while a plan runs once under ``path``."""
 
-    def __init__(self, protocol: Protocol, plan: Plan) -> None:
+    def __init__(self, protocol: Protocol, plan: Plan, path: str) -> None:
         self._protocol = protocol
         self._plan = plan
-        self._samples: dict[str, Shared] = {}
+        names = watched(plan)
+        words = stream_words(_PUBLIC, f"{path}|certificate", Z64, (len(names), SAMPLES))
+        self._random = dict(zip(names, words.numpy() & _POSITIVE, strict=True))
+        self._path = path
+        self._found: dict[str, Shared] = {}
+        self._blocks: dict[str, int] = {}
 
-    def look(self, session: Session, node: Node, value: Callable[[str], Any]) -> None:
+    def look(self, node: Node, value: Callable[[str], Any]) -> None:
         """Keep a few elements of a call's argument or result. Local; the positions are public and differ by call."""
         watch = self._plan.watches.get(node.name)
+        if watch is not None:
+            shared: Shared = value(watch.name)
+            self._found[node.name] = self._picked(node.name, shared, self._plan.options.frac)
+
+    def look_inside(self, node: Node, part: str, value: Shared) -> None:
+        """Keep a few elements of a value inside a call; where it comes in blocks, each sample is from any of them."""
+        key = f"{node.name}.{part}"
+        watch = self._plan.watches.get(key)
         if watch is None:
             return
-        shared = value(watch.name)
-        label = f"{session.path}/{node.name}|certificate"
-        numbers = stream_words(_PUBLIC, label, Z64, (SAMPLES,)) & ((1 << 62) - 1)
-        positions = numbers % shared.type.numel
+        block = self._blocks[key] = self._blocks.get(key, 0) + 1
+        if block == 1:
+            self._found[key] = self._picked(key, value, watch.frac)
+            return
+        words = stream_words(_PUBLIC, f"{self._path}|{key}|{block}", Z64, (2, SAMPLES)).numpy() & _POSITIVE
+        self._random[key] = words[0]
+        fresh = torch.from_numpy(words[1] % block == 0)
+        self._found[key] = self._protocol.linear(
+            lambda new, old: torch.where(fresh.to(new.device), new, old),
+            self._picked(key, value, watch.frac), self._found[key],
+        )  # fmt: skip
+
+    def _picked(self, key: str, shared: Shared, frac: int) -> Shared:
+        flat = torch.from_numpy(self._random[key] % shared.type.numel)
 
         def pick(part: Tensor) -> Tensor:
-            return part.reshape(-1)[positions.to(part.device)]
+            if part.device.type == "meta":
+                return part.new_empty((SAMPLES,))
+            # By position: a transposed or expanded component is not copied for eight of its elements.
+            return torch.take(part, flat if part.device.type == "cpu" else flat.to(part.device))
 
-        self._samples[node.name] = self._protocol.linear(pick, shared)
+        picked = self._protocol.linear(pick, shared)
+        return self._protocol.lift(picked, frac) if picked.frac < frac else picked
 
-    async def violations(self, session: Session) -> Shared:
-        """Samples outside their bounds per watched call; shape (calls,), whole numbers, still secret.
-
-        Cost: one comparison of 40 bits and one conversion for 2 * SAMPLES elements a call, all in one batch.
-        """
-        p = self._protocol
+    def taken(self) -> Shared:
+        """All samples of the run, still secret: (watches, SAMPLES); each shifted as :func:`window` says."""
+        tops, frac = _tops(self._plan), self._plan.options.frac
+        highest = max(tops.values())
         names = watched(self._plan)
-        picked = [self._aligned(name) for name in names]
-        values = p.linear(lambda *parts: torch.stack(parts), *picked)  # (calls, SAMPLES)
-        watches = [self._plan.watches[name] for name in names]
-        ends = torch.tensor([[watch.lo, watch.hi] for watch in watches], dtype=torch.float64)
-        bounds = p.encode(values, torch.stack([-ends[:, :1], ends[:, 1:]]))  # (2, calls, 1)
-        room = p.linear(lambda part: torch.stack([part, -part]), values)
-        outside = await p.less_than_zero(
-            session, p.add_public(session, room, bounds), window(self._plan, values.ring)
-        )
-        return p.linear(lambda part: part.sum((0, 2)), outside)
+        factors = torch.tensor([[1 << min(62, highest - tops[name])] for name in names])
 
-    def _aligned(self, name: str) -> Shared:
-        value = self._samples[name]
-        return (
-            self._protocol.lift(value, self._plan.options.frac)
-            if value.frac < self._plan.options.frac
-            else value
-        )
+        def stacked(*parts: Tensor) -> Tensor:
+            both: Tensor = torch.stack(parts)
+            return both * factors.to(device=both.device, dtype=both.dtype)
 
-    @staticmethod
-    def failed(plan: Plan, counts: Sequence[float]) -> list[str]:
-        """One line per call that left its range."""
-        where = {n.name: n.module_path or "the root" for n in plan.secret_nodes}
-        return [
-            f"{name} at {where[name]} ({int(count)} of {SAMPLES} samples)"
-            for name, count in zip(watched(plan), counts, strict=True)
-            if count > 0
-        ]
+        return self._protocol.linear(stacked, *(self._found[name].viewed(frac) for name in names))
+
+
+async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, Sequence[Shared]]]) -> Shared:
+    """Samples outside their bounds by watched call, summed over the runs of each plan; whole numbers, still secret:
+    those of the first plan's calls, then of the next one's.
+
+    Cost: one comparison of 48 bits and one conversion for 2 * SAMPLES elements a call and run, all at once.
+    """
+    counts = await session.gather(*(partial(_counts, p, plan, taken) for plan, taken in runs))
+    return p.linear(lambda *parts: torch.cat(parts), *counts)
+
+
+async def _counts(p: Protocol, plan: Plan, taken: Sequence[Shared], session: Session) -> Shared:
+    values = p.linear(lambda *parts: torch.cat(parts, 1), *taken)  # (watches, runs * SAMPLES)
+    bounds = p.encode(values, _bounds(plan))  # (2, watches, 1)
+    room = p.linear(lambda part: torch.stack([part, -part]), values)
+    outside = await p.less_than_zero(
+        session, p.add_public(session, room, bounds), window(plan, values.ring), ring=Z64
+    )
+    return p.linear(lambda part: part.sum((0, 2)), outside)
+
+
+def _bounds(plan: Plan) -> Tensor:
+    """(-lo, hi) of every watch, in the units of the shifted samples: (2, watches, 1)."""
+    tops, frac, names = _tops(plan), plan.options.frac, watched(plan)
+    highest = max(tops.values())
+    ends = []
+    for name in names:
+        watch = plan.watches[name]
+        own = frac if watch.frac < 0 else watch.frac
+        scale = math.ldexp(1.0, own - frac + highest - tops[name])
+        more = math.ldexp(_ROUNDING, -own)
+        ends.append([(more - watch.lo) * scale, (watch.hi + more) * scale])
+    return torch.tensor(ends, dtype=torch.float64).T.unsqueeze(-1)
+
+
+def failed(plan: Plan, counts: Sequence[float], runs: int) -> list[str]:
+    """One line per watch that left its range in any of ``runs`` runs."""
+    where = {n.name: n.module_path or "the root" for n in plan.secret_nodes}
+    return [
+        f"{name} at {where[name.partition('.')[0]]} ({int(count)} of {SAMPLES * runs} samples)"
+        for name, count in zip(watched(plan), counts, strict=True)
+        if count > 0
+    ]

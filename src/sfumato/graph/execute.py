@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import JobError
-from sfumato.graph.certificate import Certificate
+from sfumato.graph.certificate import Samples
 from sfumato.graph.handlers import HANDLERS, Context
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, map_refs
@@ -28,9 +28,9 @@ async def execute(
     publics: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | Mapping[str, Shared],
     *,
-    certificate: Certificate | None = None,
+    samples: Samples | None = None,
 ) -> list[Shared]:
-    """The plan's secret results, in the order of ``plan.secret_outputs``; ``certificate`` sees every call.
+    """The plan's secret results, in the order of ``plan.secret_outputs``; ``samples`` sees every call.
 
     ``secrets``: the client's shares by name (``plan.client_inputs``). ``publics``: ``plan.public_inputs``.
     ``weights``: ``plan.constants`` and ``plan.secret_weights``. Values are freed after their last use.
@@ -48,7 +48,8 @@ async def execute(
     def value(name: str) -> Any:
         return values[name] if name in values else weights[name]
 
-    context = Context(protocol, plan.options, plan.choices)
+    look = None if samples is None else samples.look_inside
+    context = Context(protocol, plan.options, plan.choices, look)
     nodes, order = plan.secret_nodes, plan.order
     for g, group in enumerate(order.groups):
         branches = [partial(_run, context, nodes[i], order.turns[i], value) for i in group]
@@ -58,8 +59,8 @@ async def execute(
             outs = await session.fork(f"~{g}").gather(*branches)
         for i, out in zip(group, outs, strict=True):
             values[nodes[i].name] = out
-            if certificate is not None:
-                certificate.look(session, nodes[i], value)
+            if samples is not None:
+                samples.look(nodes[i], value)
         for name in order.freed[g]:
             values.pop(name, None)
     return [value(name) for name in plan.secret_outputs]

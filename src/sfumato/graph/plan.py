@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +19,19 @@ from sfumato.graph.handlers import HANDLERS, Options
 from sfumato.graph.order import Order, ordered
 from sfumato.graph.places import Place, Placed, place
 from sfumato.graph.program import Node, Program, digest_of
-from sfumato.graph.summary import table_text
-from sfumato.graph.watches import Watch, watch_calls
+from sfumato.graph.summary import grouped, table_text
+from sfumato.graph.tails import FEW_RUNS
+from sfumato.graph.watches import SLACK, Watch, watch_calls
 from sfumato.types import Ring, Secret
 
 __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "load_side", "make_plan"]
 
-FORMAT = 1
+FORMAT = 2
 #: Named error budgets; the numeric handlers read the name. Profiles of papers come later.
 PROFILES = ("precise", "fast")
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
+#: Probability, by the tail model, that a run of a plan leaves its calibration, and that one call does.
+_RISK, _RISK_OF_A_CALL = 1e-2, 1e-4
 _NOTHING_LEFT = (
     "nothing is left to compute under the protocol: the client computes every value by itself; "
     "relocate=False or secret='inputs+weights' changes that"
@@ -164,7 +167,7 @@ class Plan:
                 frozenset(data["per_call"]),
                 {str(n): dict(c) for n, c in data["choices"].items()},
                 Options(**data["options"]),
-                {str(n): Watch(str(v), float(lo), float(hi)) for n, (v, lo, hi) in data["watches"].items()},
+                {str(n): _watch(row) for n, row in data["watches"].items()},
                 Calibration.from_json(data["calibration"]) if "calibration" in data else Calibration(),
                 tuple(data.get("notes", ())),
             )
@@ -172,6 +175,8 @@ class Plan:
             raise CaptureError(f"this is not the JSON of a plan ({type(error).__name__})") from error
         if set(plan.places) != set(plan.program.types):
             raise CaptureError("this plan does not place every value of its program")
+        if {key.partition(".")[0] for key in plan.watches} - {n.name for n in plan.secret_nodes}:
+            raise CaptureError("this plan watches a call that the parties do not run")
         _refuse(plan.program.title, _problems(Placed(plan.program, plan.places, plan.per_call)))
         return plan
 
@@ -181,13 +186,12 @@ class Plan:
         return digest_of(self.for_parties())
 
     def table(self) -> str:
-        """What runs where, which methods, and why nothing leaks by what was moved."""
+        """What runs where, with which method, error, headroom and cost, and why nothing leaks by what was moved."""
         runs = Counter(str(self.places[n.name]) for n in self.program.nodes)
-        targets = Counter(n.target for n in self.secret_nodes)
-        methods = Counter(str(c["method"]) for c in self.choices.values() if "method" in c)
         inputs = [(i.source, str(self.places[i.name]), i.shape) for i in self.program.user_inputs]
         moved = len([n for n in self.program.nodes if self.places[n.name] is Place.CLIENT])
-        return table_text(self.program.title, self.options, inputs, runs, targets, methods, moved, self.notes)
+        groups = grouped(self.secret_nodes, self.choices, self.calibration, self.options)
+        return table_text(self.program.title, self.options, inputs, runs, groups, moved, self.notes)
 
     def __str__(self) -> str:
         return self.table()
@@ -198,7 +202,7 @@ def make_plan(
     secret: str = "inputs",
     public: Iterable[str] = (),
     profile: str = "precise",
-    calibration: Calibration | Sequence[tuple[Any, Any]] | Mapping[str, Any] | None = None,
+    calibration: Calibration | Sequence[Any] | Mapping[str, Any] | None = None,
     client_known: Iterable[str] = (),
     frac: int = 18,
     ring: str = "Z64",
@@ -210,7 +214,8 @@ def make_plan(
     are public anyway). ``client_known``: arguments that the client holds in clear, so that what follows from
     them alone runs at its side; integer arguments always count. ``relocate=False`` keeps that to table
     look-ups: the rest of a text encoder, say, then runs under the protocol. ``calibration``: ``[(args,
-    kwargs), ...]``, a `Calibration`, or its JSON.
+    kwargs), ...]``, one entry for each independent run, or a list of calls where a run has several, such as the steps
+    of a trajectory; a `Calibration`, or its JSON. Ranges follow from it by the tail model of docs/design/008.
 
     Raises:
         JobError: an unknown option or argument name.
@@ -230,6 +235,7 @@ def make_plan(
     _refuse(program.title, _problems(placed))
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
+    options = _with_risk(options, measured, calibration is None, notes)
     choices, problems = {}, []
     for node in placed.program.nodes:
         choose = HANDLERS[node.target].choose if placed.places[node.name] is Place.SECRET else None
@@ -243,7 +249,7 @@ def make_plan(
     if not any(w is Place.SECRET for w in placed.places.values()):
         notes.append(_NOTHING_LEFT)
     notes += _weights_in_clear(placed, secret)
-    watches = watch_calls(placed, measured, options)
+    watches = watch_calls(placed, measured, choices, options)
     return Plan(
         placed.program, placed.places, placed.per_call, choices, options, watches, measured, tuple(notes)
     )
@@ -277,6 +283,27 @@ def _options(secret: str, profile: str, frac: int, ring: str, guessed: bool) -> 
     if not 4 <= frac <= most:
         raise JobError(f"frac must lie between 4 and {most} in {ring}, not {frac}")
     return Options(secret, profile, frac, ring, _WIDE_MARGIN if guessed else _MARGIN)
+
+
+def _with_risk(options: Options, measured: Calibration, guessed: bool, notes: list[str]) -> Options:
+    """The options with the tail model's risk, unless ranges come from examples or from a calibration without
+    sketches."""
+    calls = len(measured.sketches)
+    if guessed or calls == 0:
+        return options
+    risk = min(_RISK_OF_A_CALL, _RISK / calls)
+    few = "" if measured.samples >= FEW_RUNS else "; so few show nothing of how runs differ"
+    notes.append(
+        f"ranges from {measured.samples} run{'s' * (measured.samples != 1)}{few}: by the tail model (excesses decay at "
+        f"least exponentially, at the rate seen) a run leaves one of {calls} calls' ranges with probability "
+        f"{risk * calls:.1g} at most, where margins are not capped"
+    )
+    return replace(options, risk=risk)
+
+
+def _watch(row: Sequence[Any]) -> Watch:
+    name, lo, hi, frac = row
+    return Watch(str(name), float(lo), float(hi), int(frac))
 
 
 def _problems(placed: Placed) -> list[str]:
@@ -337,7 +364,7 @@ def _refuse(title: str, problems: Sequence[str]) -> None:
 def _calibration(
     program: Program,
     placed: Placed,
-    given: Calibration | Sequence[tuple[Any, Any]] | Mapping[str, Any] | None,
+    given: Calibration | Sequence[Any] | Mapping[str, Any] | None,
     notes: list[str],
 ) -> Calibration:
     if isinstance(given, Calibration):
@@ -351,10 +378,19 @@ def _calibration(
             )
         notes.append(_FROM_EXAMPLES)
         return calibrate(placed, [_example(program)])
-    samples = [program.bind(tuple(args), kwargs) for args, kwargs in given]
-    if not samples:
+    total = Calibration()
+    for run in given:
+        calls = run if _is_group(run) else [run]
+        seen = calibrate(placed, (program.bind(tuple(args), kwargs) for args, kwargs in calls))
+        total = total.merge(seen.as_one_run())
+    if not total.samples:
         raise JobError("calibration= holds no samples")
-    return calibrate(placed, samples)
+    return total
+
+
+def _is_group(run: Any) -> bool:
+    """Whether an entry of a calibration lists the calls of one run, rather than being the (args, kwargs) of one."""
+    return isinstance(run, list) and all(isinstance(call, tuple) and len(call) == 2 for call in run)
 
 
 def _example(program: Program) -> dict[str, Tensor]:
@@ -362,8 +398,7 @@ def _example(program: Program) -> dict[str, Tensor]:
 
 
 def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[str]:
-    """A note where a value may leave its ring before truncation: |x| 2^(2 frac) must stay below 2^(bits -
-    2)."""
+    """A note on how far the largest value is from the ring's end: |x| 2^(2 frac) must stay below 2^(bits - 2)."""
     limit = 2.0 ** (Ring.named(options.ring).bits - 2 - 2 * options.frac)
     tops = [
         (measured.of(n).get("hi_out", 0.0), n)
@@ -378,9 +413,14 @@ def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[s
             f"{node.name} ({node.module_path or 'the root'}) reaches {top:.3g}, but {options.ring} "
             f"at frac={options.frac} holds products below {limit:.3g}; use a smaller frac or another ring"
         )
+    watched = (
+        f"the certificate refuses runs beyond {SLACK:g} times that"
+        if SLACK * top < limit
+        else "no room to spare"
+    )
     return [
         f"largest secret value seen: {top:.3g} at {node.name}; products may reach {limit:.3g} "
-        f"(|x| 2^{2 * options.frac} < ring / 4)"
+        f"(|x| 2^{2 * options.frac} < ring / 4), and {watched}"
     ]
 
 

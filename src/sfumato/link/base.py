@@ -111,6 +111,13 @@ class Link(ABC):
         """Say goodbye and let go. Peers may still take what was sent before. Never raises; may be called
         twice."""
 
+    def settle(self, timeout_s: float) -> None:  # noqa: B027 - channels that send at once have nothing to wait for
+        """Wait until what was flushed has left this process, at most ``timeout_s``. Never raises."""
+
+    def wire_bytes(self) -> int:
+        """Bytes that left for all peers so far, framing and encryption included; -1 where nobody counts them."""
+        return -1
+
     def __enter__(self) -> Link:
         return self
 

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 64 * 1024  # what one TLS write is given: short enough that a reader waits little for the lock
 _DIRECT = 128 * 1024  # batches up to this leave in the caller's thread
 _BUFFER = 64 * 1024
+_RECORD = 16 * 1024  # what one TLS record holds at most
 _LINGER_S = 5.0
 _PARK_S = 0.005  # how soon a receiver thread takes over when the driver turns to computing
 
@@ -321,17 +322,23 @@ class Channel:
     def _receive(self, view: memoryview) -> Generator[bool, None, int]:
         """At least one byte into ``view``; 0 at the end of the stream. Yields False while there is
         nothing."""
-        recv_into, tls = self.sock.recv_into, self._tls
+        recv_into, tls, room = self.sock.recv_into, self._tls, len(view)
+        count = 0
         while True:
             try:
                 with tls:
-                    count = recv_into(view)
-                self.progress_at = time.monotonic()
-                return count
+                    count = last = recv_into(view)
+                    while last == _RECORD and count < room:  # a full record: the next one is usually there
+                        last = recv_into(view[count:])
+                        count += last
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                yield False
+                if not count:
+                    yield False
+                    continue
             except ssl.SSLZeroReturnError:
-                return 0
+                pass
+            self.progress_at = time.monotonic()
+            return count
 
     def _parse(self) -> Generator[bool, None, None]:
         """Frames for the life of the connection. Yields True after some work, False when it must wait."""

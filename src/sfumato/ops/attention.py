@@ -8,7 +8,7 @@ after P V.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from sfumato.ops.elementary import (
     HEADROOM_BITS,
     ExpPlan,
     InversePlan,
+    Look,
     exp,
     inverse,
     plan_exp,
@@ -34,9 +35,6 @@ from sfumato.session.session import Session
 from sfumato.types import Shared
 
 __all__ = ["MASKED_BELOW", "SoftmaxPlan", "attention", "plan_softmax", "softmax", "split_mask"]
-
-#: Gets values inside an operation by name, for those who sample them.
-Look = Callable[[str, Shared], None]
 
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
@@ -164,7 +162,13 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 async def _weights(
-    p: Protocol, s: Session, x: Shared, plan: SoftmaxPlan, allowed: Tensor | None, frac: int, look: Look | None
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    plan: SoftmaxPlan,
+    allowed: Tensor | None,
+    frac: int,
+    look: Look | None,
 ) -> tuple[Shared, Shared]:
     """Exponentials over the last axis (masked ones zero) and the reciprocal of each row's sum, of ``frac`` bits.
 

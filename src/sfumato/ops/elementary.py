@@ -7,7 +7,7 @@ it as JSON, so that all parties compute with the same words.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "HEADROOM_BITS",
     "ExpPlan",
     "InversePlan",
+    "Look",
     "exp",
     "inverse",
     "plan_exp",
@@ -36,6 +37,9 @@ __all__ = [
     "sqrt",
     "with_frac",
 ]
+
+#: Gets values inside an operation by name, for those who sample them.
+Look = Callable[[str, Shared], None]
 
 #: Words before a truncation stay below 2^62; one bit is kept for rounding and margins.
 HEADROOM_BITS = 61
@@ -186,9 +190,9 @@ def _core(
     high = (hi / 2.0**squarings) + 2.0**-fine
     length = (high - low) * 2.0**fine
     period = length / (1.0 - 2.0**-blocks)
-    opened = math.ceil(math.log2(period)) + 3
-    multiplier = math.ceil((2.0**opened - 2.0 ** (opened - blocks)) / length) - 1
-    if opened > 48 or opened - blocks < 8 or multiplier < 1:
+    opened = max(math.ceil(math.log2(period)) + 3, 8 + blocks)
+    multiplier = min(math.ceil((2.0**opened - 2.0 ** (opened - blocks)) / length) - 1, 255)
+    if opened > 48 or multiplier < 1:
         return None
     block_bits = 2.0 ** (opened - blocks) / multiplier / 2.0**fine * _LOG2E
     digits = max(4, math.ceil(-math.log2(tolerance)))
@@ -209,7 +213,7 @@ async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | 
 
     Domain: [plan.lo, plan.hi]; outside it the result is meaningless. Error: relative ``plan.error`` (at most the
     planned tolerance), and one unit of the result; below a clip's floor or a cut it is absolute, that of exp there.
-    Cost: 3 rounds and about 22 + 2 word + 180 bits (word 40 to 64), 3 rounds and 3k + frac + 2 bits more for each
+    Cost: 3 rounds, about 190 bits and 2, 4 or 8 words of 40 to 64 bits; 3 rounds and 3k + frac + 2 bits more for each
     squaring, 4 rounds and about 420 bits for a clip. Source: [SHAFT] for one opening; own: docs/design/007.
     """
 

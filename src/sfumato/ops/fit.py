@@ -230,7 +230,7 @@ class _Problem:
         """The narrowest words whose rounding keeps the candidate within the tolerance."""
         heaviest = float(self.w.max())
         # Small functions keep two bits above the point: a result may ask for few fraction bits.
-        above = 2 + max(0, math.ceil(math.log2(self.top * 1.05 + candidate.series.error)))
+        above = 2 + math.ceil(math.log2(max(1.0, self.top * 1.05 + candidate.series.error)))
         last: Series | None = None
         for dealt in range(6, 30):
             public = min(dealt + 1, 28)
@@ -250,13 +250,13 @@ class _Problem:
 
 
 def _period(length: float, frac: int, ring_bits: int) -> tuple[int, int]:
-    """(period_log2, multiplier 8..15): a period close above ``length`` whose phase can be opened."""
+    """(period_log2, multiplier, mostly 8..15): a period close above ``length`` whose phase can be opened."""
     period_log2 = math.floor(math.log2(length)) + 4
     while period_log2 + frac < 12:
         period_log2 += 1
     while period_log2 + frac > min(48, ring_bits):
         period_log2 -= 1
-    return period_log2, max(1, math.floor(2.0**period_log2 / length + 1e-9))
+    return period_log2, min(255, max(1, math.floor(2.0**period_log2 / length + 1e-9)))
 
 
 def _small(coefficients: Array) -> bool:

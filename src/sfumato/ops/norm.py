@@ -7,7 +7,7 @@ rest, n / 2^a, joins epsilon and the scale. So no constant 1/n is ever rounded a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, inverse, plan_inverse
+from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, Look, inverse, plan_inverse
 from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, thirds
 from sfumato.protocol.base import Bilinear, Protocol
 from sfumato.ring.fixed import encode
@@ -23,9 +23,6 @@ from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
 __all__ = ["NormPlan", "group_norm", "layer_norm", "plan_norm", "rms_norm"]
-
-#: Gets values inside an operation by name, for those who sample them.
-Look = Callable[[str, Shared], None]
 
 #: Bits of the mean square below the top of its range.
 _SQUARE_BITS = 30

@@ -81,11 +81,12 @@ class Protocol(ABC):
         to x, and together they say nothing else. Local; the receiver gets k bits from each party.
         """
 
-    def linear(self, f: Linear, *xs: Shared, frac: int | None = None) -> Shared:
+    def linear(self, f: Linear, *xs: Shared, frac: int | None = None, ring: Ring | None = None) -> Shared:
         """Any ring-linear f of secrets of one ring, on each component. Local. ``frac`` names the result's
-        scale if f changes it.
+        scale if f changes it, ``ring`` its ring if f reduces words to a smaller one.
         """
-        ring = self._same_ring(*xs)
+        source = self._same_ring(*xs)
+        ring = ring or source
         # torch sums int32 words into int64; the ring's words are what is left mod 2^k.
         parts = tuple(
             f(*components).to(ring.dtype) for components in zip(*(x.parts for x in xs), strict=True)
@@ -113,13 +114,23 @@ class Protocol(ABC):
     # ---- written on top, overridable -----------------------------------------------------------------------
 
     async def bilinear_truncate(
-        self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
+        self,
+        s: Session,
+        f: Bilinear,
+        x: Shared,
+        y: Shared,
+        bits: int,
+        *,
+        plus: Shared | None = None,
+        ring: Ring | None = None,
     ) -> Shared:
-        """(f(x, y) + plus) >> bits; ``plus`` has the product's scale. f may end in a public linear map."""
+        """(f(x, y) + plus) >> bits, in ``ring`` (default: x's); ``plus`` has the product's scale. f may end in a public
+        linear map.
+        """
         z = await self.bilinear(s.fork("mul"), f, x, y)
         if plus is not None:
             z = self.add(z, plus.viewed(z.frac))
-        return await self.truncate(s.fork("trunc"), z, bits)
+        return await self.truncate(s.fork("trunc"), z, bits, ring=ring)
 
     async def linear_truncate(
         self,
@@ -141,6 +152,10 @@ class Protocol(ABC):
         if plus is not None:
             z = self.add(z, plus.viewed(z.frac))
         return await self.truncate(s, z, bits)
+
+    @abstractmethod
+    def shorten(self, s: Session, x: Shared, frac: int) -> Shared:
+        """x in Z32 with ``frac`` fraction bits at most x's, each component rounded by itself. Local."""
 
     async def cast(self, s: Session, x: Shared, ring: Ring) -> Shared:
         """The same value in another Z ring. Z64 -> Z32 is local (|word| < 2^30 asked); Z32 -> Z64 costs 162

@@ -18,7 +18,7 @@ from sfumato.ring.fixed import decode
 from sfumato.ring.planes import from_plane, to_planes
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
-from sfumato.types import B8, Z64, Ring, Secret, Shared, TruncationError
+from sfumato.types import B8, Z32, Z64, Ring, Secret, Shared, TruncationError
 
 __all__ = ["Plain"]
 
@@ -56,6 +56,23 @@ class Plain(Protocol):
         ring = self._same_ring(x, y)
         words = f(x.parts[0], y.parts[0]).to(ring.dtype)
         return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
+
+    def shorten(self, s: Session, x: Shared, frac: int) -> Shared:
+        """Rounded to nearest.
+
+        Raises:
+            RangeError: a value does not fit Z32; names the path.
+        """
+        drop, words = x.frac - frac, x.parts[0]
+        if x.ring != Z64 or not 0 <= drop <= 32:
+            raise TypeMismatch(f"{x.type} cannot be shortened to {frac} fraction bits in Z32")
+        if words.device.type != "meta":
+            words = (words + ((1 << drop) >> 1)) >> drop
+            if words.numel() and int(words.abs().max()) >= 1 << 31:
+                raise RangeError(
+                    f"a value at {s.path} does not fit 32 bits with {frac} fraction bits; calibrate anew"
+                )
+        return Shared(Secret(Z32, frac, x.shape), (words.to(Z32.dtype),))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
         """Domain: |word| < 2^(k-2), asserted. Error: |e| < 1 ulp, mean 0, the distribution of rep3's

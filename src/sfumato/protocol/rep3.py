@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sfumato.errors import TypeMismatch
 from sfumato.protocol.base import Bilinear, Exponential, Linear, Protocol, Series, Window, plane_bytes
 from sfumato.protocol.rep3_bits import bits_to_words, less_bits
 from sfumato.protocol.rep3_close import Additive, close, open_product, zero_share
 from sfumato.protocol.rep3_evaluate import evaluate, exponential
 from sfumato.protocol.rep3_sign import bit_words, select_by_bit, select_largest, share_plane, sign_shares
 from sfumato.session.session import Receive, Send, Session
-from sfumato.types import Ring, Secret, Shared, TruncationError
+from sfumato.types import Z32, Z64, Ring, Secret, Shared, TruncationError
 
 __all__ = ["Rep3"]
 
@@ -127,18 +128,27 @@ class Rep3(Protocol):
         return Shared(Secret(ring, x.frac + y.frac, shape), (z, other))
 
     async def bilinear_truncate(
-        self, s: Session, f: Bilinear, x: Shared, y: Shared, bits: int, *, plus: Shared | None = None
+        self,
+        s: Session,
+        f: Bilinear,
+        x: Shared,
+        y: Shared,
+        bits: int,
+        *,
+        plus: Shared | None = None,
+        ring: Ring | None = None,
     ) -> Shared:
-        """Cost: 3 rounds, 3k + f + 2 bits, five local products in all. Leaks: nothing.
+        """Cost: 3 rounds, 3k + f + 2 bits, five local products in all; into a ring of k' bits k + 2k' + (k' - k) + f +
+        2. Leaks: nothing.
 
         Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x, y) + plus| < 2^(k-2) in words. Source:
         [GeoTrunc25], [AFL16]; docs/security/rep3.md, "bilinear_truncate".
         """
         if not self.fused:
-            return await super().bilinear_truncate(s, f, x, y, bits, plus=plus)
-        ring = self._same_ring(x, y) if plus is None else self._same_ring(x, y, plus)
+            return await super().bilinear_truncate(s, f, x, y, bits, plus=plus, ring=ring)
+        source = self._same_ring(x, y) if plus is None else self._same_ring(x, y, plus)
         u = await open_product(s, f, x, y, plus)
-        return await close(s, u, bits, ring, x.frac + y.frac - bits)
+        return await close(s, u, bits, source, x.frac + y.frac - bits, ring)
 
     async def linear_truncate(
         self,
@@ -163,6 +173,25 @@ class Rep3(Protocol):
             self._same_ring(x, plus)
             u = u.plus(s, plus)
         return await close(s, u, bits, x.ring, x.frac + gain_frac - bits)
+
+    def shorten(self, s: Session, x: Shared, frac: int) -> Shared:
+        """Local, free. Error: within 2 units of 2^-frac, deviation 1/2, mean 0 if the components are uniform (one of
+        zeros, as what a party shares has, gives a bias of half a unit). Range: |x| < 2^(31 - frac), at most 32 bits
+        dropped. Leaks: nothing.
+
+        A wrap of the components is a multiple of 2^(64 - drop), and so vanishes mod 2^32. Source: [Ditto] 2.3; own: one
+        component rounds to nearest and gets the two halves that the others lose.
+        """
+        drop = x.frac - frac
+        if x.ring != Z64 or not 0 <= drop <= 32:
+            raise TypeMismatch(f"{x.type} cannot be shortened to {frac} fraction bits in Z32")
+        rounding = 3 << (drop - 1) if drop else 0
+
+        def moved(part: Tensor, add: int) -> Tensor:
+            return s.local(x.shape, Z32.dtype, lambda: ((part + add if add else part) >> drop).to(Z32.dtype))
+
+        parts = [moved(part, rounding if (s.party + i) % 3 == 0 else 0) for i, part in enumerate(x.parts)]
+        return Shared(Secret(Z32, frac, x.shape), tuple(parts))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
         """Cost: 2 rounds, 2k + (k - k_in) + f + 2 bits, k of the result's ring. Leaks: nothing.

@@ -44,7 +44,9 @@ class Series:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.cos) == len(self.sin) or any(abs(c) >= 8.0 for c in (*self.cos, *self.sin)):
-            raise ValueError("a series needs as many sines as cosines, one at least, each coefficient below 8")
+            raise ValueError(
+                "a series needs as many sines as cosines, one at least, each coefficient below 8"
+            )
         if not (1 <= self.multiplier < 256 and 4 <= self.dealt <= 30 and 4 <= self.public <= 30):
             raise ValueError("a series takes multipliers below 256 and scales of 4 to 30 bits")
         if not self.scale + 2 <= self.word <= _LONGEST:
@@ -64,7 +66,9 @@ class Series:
 
     @property
     def noise(self) -> float:
-        """Standard deviation that rounded sines and rounded public factors give the result (mean 0)."""
+        """Standard deviation that rounded sines and rounded public factors give the result (mean 0). Above 26 dealt
+        bits the sines' own error, 2^-31 a harmonic, comes on top.
+        """
         size = math.fsum(c * c for c in (*self.cos, *self.sin))
         dealt, public = 2.0**-self.dealt * math.sqrt(size), 2.0**-self.public * math.sqrt(len(self.cos))
         return math.hypot(dealt, public) / math.sqrt(12.0)

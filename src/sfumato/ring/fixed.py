@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError
+from sfumato.ring import native
 from sfumato.types import Ring
 
 __all__ = ["decode", "encode", "encode_scalar"]
@@ -30,6 +31,12 @@ def encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
     x = x.detach()
     if x.dim() > 1 and not x.is_contiguous() and x.mT.is_contiguous():
         return encode(x.mT, ring, frac).mT
+    done = native.encode(x, ring.dtype, 2.0**frac, 2.0 ** (ring.bits - 2))
+    return _encode(x, ring, frac) if done is None else done
+
+
+def _encode(x: Tensor, ring: Ring, frac: int) -> Tensor:
+    """The words in torch, or the error."""
     words = torch.empty(x.shape, dtype=ring.dtype, device=x.device)
     source, target = x.reshape(-1), words.reshape(-1)
     limit = 2.0 ** (ring.bits - 2)

@@ -26,6 +26,7 @@ __all__ = [
     "conv",
     "dealt",
     "describe",
+    "encode",
     "from_plane",
     "judge",
     "matmul",
@@ -42,6 +43,7 @@ _LEVELS = ("baseline", "AVX2", "AVX-512")
 #: AVX-512, which products and convolutions are written for.
 _WIDE = 2
 _WORDS = {torch.int64: 64, torch.int32: 32}
+_REALS = {torch.float64: 64, torch.float32: 32}
 _FIELDS = {torch.int64: 64, torch.int32: 32, torch.uint8: 8}
 #: Multiplications below which torch's overhead is no larger than ours.
 _LEAST_PRODUCT = 1 << 17
@@ -70,14 +72,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int}
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "d": ctypes.c_double}
     for name, letters in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:  # products, where they cannot be built
+            continue
         function.argtypes = [kinds[letter] for letter in letters]
         function.restype = ctypes.c_int if name.startswith(("sf_gemm", "sf_conv")) else None
 
 
-#: Arguments of each function, a letter each: p a pointer, l a long, i an int.
+#: Arguments of each function, a letter each: p a pointer, l a long, i an int, d a double.
 _SIGNATURES = {
     "sf_limit": "i",
     **{f"sf_gemm_{bits}": "llllplllplllp" for bits in (64, 32)},
@@ -86,6 +90,7 @@ _SIGNATURES = {
     **{f"sf_unpack_{bits}": "plip" for bits in (64, 32, 8)},
     **{f"sf_planes_{bits}": "pliilp" for bits in (64, 32)},
     **{f"sf_from_plane_{bits}": "plp" for bits in (64, 32)},
+    **{f"sf_encode_{a}_{b}": "plddpp" for a in (64, 32) for b in (64, 32)},
     **{f"sf_judge_{bits}": "pliip" for bits in (64, 32)},
     **{
         f"sf_rounded_{way}_{a}_{b}": "pliippppp" for way in ("up", "down") for a in (64, 32) for b in (64, 32)
@@ -110,14 +115,16 @@ def describe() -> str:
 def _library(*words: Tensor) -> ctypes.CDLL | None:
     """The library, if these tensors lie where it can read them."""
     for word in words:
-        if not word.is_cpu:
+        if type(word) is not Tensor or not word.is_cpu:
             return None
     return _load()[0]
 
 
 def _wide(*words: Tensor) -> ctypes.CDLL | None:
     library = _library(*words)
-    return library if library is not None and library.sf_level() == _WIDE else None
+    if library is None or library.sf_level() != _WIDE or not hasattr(library, "sf_gemm_64"):
+        return None
+    return library
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor | None:
@@ -138,7 +145,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor | None:
         batch, sides = 1, (0, *a.stride(), 0, *b.stride())
         out = torch.empty((m, n), dtype=a.dtype)
     else:
-        each = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        each = a.shape[:-2]
+        if each != b.shape[:-2]:
+            each = torch.broadcast_shapes(each, b.shape[:-2])
         out = torch.empty((*each, m, n), dtype=a.dtype)
         if b.dim() == 2:  # one product with more rows
             a, b = a.reshape(1, -1, k), b.unsqueeze(0)
@@ -229,6 +238,18 @@ def from_plane(plane: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     plane = plane.contiguous()
     getattr(library, f"sf_from_plane_{_WORDS[dtype]}")(plane.data_ptr(), out.numel(), out.data_ptr())
     return out
+
+
+def encode(x: Tensor, dtype: torch.dtype, factor: float, limit: float) -> Tensor | None:
+    """round(x * factor) for a power of two; None, too, where one is not below ``limit`` in size."""
+    library = _library(x)
+    if library is None or x.dtype not in _REALS or dtype not in _WORDS:
+        return None
+    x, bad = x.contiguous(), ctypes.c_int()
+    out = torch.empty(x.shape, dtype=dtype)
+    run = getattr(library, f"sf_encode_{_REALS[x.dtype]}_{_WORDS[dtype]}")
+    run(x.data_ptr(), x.numel(), factor, limit, out.data_ptr(), ctypes.addressof(bad))
+    return None if bad.value else out
 
 
 def judge(words: Tensor, k: int, bits: int) -> Tensor | None:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import JobError, RangeError
-from sfumato.graph.certificate import Certificate, watched
+from sfumato.graph.certificate import failed, sample_count, watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode, encode_scalar
@@ -27,6 +27,7 @@ from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.commands import (
     Affine,
     Call,
+    Certify,
     Command,
     Drop,
     Load,
@@ -36,9 +37,10 @@ from sfumato.runtime.commands import (
     WeightSpec,
     WeightsSpec,
 )
+from sfumato.runtime.lineage import Lineage
 from sfumato.runtime.local import LocalCluster
 from sfumato.runtime.machine import PartyMachine
-from sfumato.runtime.report import CostReport, merged_rows
+from sfumato.runtime.report import CostReport, Took, merged_rows
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
 from sfumato.session.ledger import Row
 from sfumato.session.randomness import PairStreams
@@ -49,6 +51,8 @@ __all__ = ["Backend", "Lockstep", "Remote", "Term", "open_backend"]
 #: Fraction bits of the coefficients of an affine combination.
 COEFFICIENT_FRAC = 24
 _LARGE_WEIGHTS = 64 << 20
+#: Elements that wait for a certificate at the parties: above this they are judged in the middle of a chain of calls.
+_MOST_SAMPLES = 1 << 17
 
 
 class Term(NamedTuple):
@@ -68,14 +72,18 @@ class Backend(ABC):
 
     #: What each party sent in the latest :meth:`reveal`: uniform words that add up to the value.
     last_components: Sequence[Tensor] = ()
+    #: What each party spent on the latest :meth:`call`, and on the latest certificate; empty where nobody measures.
+    last_call: Sequence[Took] = ()
+    last_certificate: Sequence[Took] = ()
 
     def __init__(self, *, certify: bool = True) -> None:
         self._client_bytes = 0
         self._setup_bytes = 0
         self._secret_weights: dict[str, dict[str, str]] = {}
         self._plans: dict[str, Plan] = {}
-        self._called: set[str] = set()
         self._certify = certify
+        self._lineage = Lineage()
+        self._certificates = 0
         self._started = time.monotonic()
 
     # ---- the calls ----------------------------------------------------------------------------------------------
@@ -105,6 +113,7 @@ class Backend(ABC):
         """Share the client's reals: each party gets two of three components, seeds instead of words where possible."""
         command = Put(handle, str(ring), frac, tuple(values.shape))
         self._command(command, self._split(values, ring, frac), setup=setup)
+        self._release(self._lineage.derive([handle], []))
 
     def call(
         self,
@@ -114,10 +123,27 @@ class Backend(ABC):
         publics: Mapping[str, Tensor],
         outputs: Sequence[str],
     ) -> None:
-        """Run a loaded plan once; ``path`` is new in this session. Outputs become handles."""
+        """Run a loaded plan once; ``path`` is new in this session. Outputs become handles.
+
+        A few elements of every watched call are kept at the parties until something that descends from this run is
+        revealed.
+
+        Raises:
+            RangeError: an input descends from a run that is known to have left its ranges.
+        """
+        self._refuse(inputs.values())
         held = self._secret_weights.get(name, {})
-        self._called.add(name)
-        self._command(Call(name, path, {**held, **inputs}, dict(publics), tuple(outputs)))
+        samples = _samples_of(path) if self._certify and watched(self._plans[name]) else None
+        command = Call(name, path, {**held, **inputs}, dict(publics), tuple(outputs), samples)
+        self.last_call = self._call(command)
+        run = {"run": path, "plan": name} if samples else {}
+        self._release(self._lineage.derive(outputs, inputs.values(), **run))
+        waiting = self._lineage.waiting()
+        if sum(sample_count(self._plans[plan]) * len(runs) for plan, runs in waiting.items()) > _MOST_SAMPLES:
+            self._judge(waiting)
+
+    def _call(self, command: Call) -> Sequence[Took]:
+        return _took(self._command(command))
 
     def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
         """Public combination of handles with one truncation (none when all coefficients are whole)."""
@@ -127,41 +153,72 @@ class Backend(ABC):
             commands.Term(t.handle, encode_scalar(t.coefficient, bits), t.start, t.stop) for t in terms
         )
         self._command(Affine(handle, words, bits, path))
+        self._release(self._lineage.derive([handle], [t.handle for t in terms]))
 
     def reveal(self, handle: str) -> Tensor:
-        """The value, in float64, at the client alone."""
+        """The value, in float64, at the client alone, once the runs that it descends from are certified.
+
+        Raises:
+            RangeError: see :meth:`certify`.
+        """
+        self.certify(handle)
         replies = self._command(Reveal(handle))
+        self.last_components = [tensors[0] for _, tensors in replies]
+        return self._opened(replies)
+
+    def _opened(self, replies: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> Tensor:
         components = [tensors[0] for _, tensors in replies]
-        self.last_components = components
         if self.device == "meta":
             return torch.zeros(components[0].shape, dtype=torch.float64)
         ring, frac = Ring.named(str(replies[0][0]["ring"])), int(replies[0][0]["frac"])
         words = components[0] if len(components) == 1 else Rep3.combine(components, ring)
         return decode(words, frac)
 
-    def check_ranges(self, name: str) -> None:
-        """Learn, at the client alone, whether the calls of a plan so far stayed in its calibrated ranges.
+    def certify(self, *handles: str) -> None:
+        """Learn, at the client alone, whether the runs that these values descend from stayed in their plans' calibrated
+        ranges. A run is judged once; one certificate covers all that were not.
 
         Raises:
-            RangeError: names the layers whose samples were outside; the results of these calls are not to be trusted.
+            RangeError: names the layers whose samples were outside; the values are not to be trusted.
         """
-        plan = self._plans[name]
-        if not self._certify or not watched(plan) or name not in self._called:
-            return
-        counts = self.reveal(f"{name}:ranges")
-        self.drop(f"{name}:ranges")
-        self._called.discard(name)
-        failed = Certificate.failed(plan, counts.tolist())
-        if failed:
-            raise RangeError(
-                f"{len(failed)} layers left the range that {plan.program.title} was calibrated for, {failed[0]} first; "
-                "calibrate on inputs like this one"
-            )
+        waiting = self._lineage.waiting(handles)
+        if waiting:
+            self._judge(waiting)
+        self._refuse(handles)
+
+    def _judge(self, waiting: Mapping[str, Sequence[str]]) -> None:
+        path, self._certificates = f"ranges{self._certificates}", self._certificates + 1
+        runs = tuple((plan, tuple(map(_samples_of, paths))) for plan, paths in waiting.items())
+        replies = self._command(Certify(path, runs))
+        self.last_certificate = _took(replies)
+        counts = self._opened(replies).tolist()
+        for name, paths in waiting.items():
+            plan = self._plans[name]
+            own, counts = counts[: len(watched(plan))], counts[len(watched(plan)) :]
+            outside = failed(plan, own, len(paths))
+            problem = None
+            if outside:
+                problem = (
+                    f"{len(outside)} layers left the range that {plan.program.title} was calibrated for, "
+                    f"{outside[0]} first; calibrate on inputs like this one"
+                )
+            self._lineage.judge(paths, problem)
+
+    def _refuse(self, handles: Iterable[str]) -> None:
+        problem = self._lineage.failure(handles)
+        if problem is not None:
+            raise RangeError(problem)
+
+    def _release(self, runs: Iterable[str]) -> None:
+        """Let the parties forget samples from which no handle descends any more."""
+        for run in runs:
+            self._command(Drop(_samples_of(run)))
 
     def drop(self, *handles: str) -> None:
         """Forget values at the parties."""
         for handle in handles:
             self._command(Drop(handle))
+            self._release(self._lineage.forget(handle))
 
     def report(self, *, steps: Sequence[float] = ()) -> CostReport:
         """Cost of this session so far."""
@@ -172,11 +229,10 @@ class Backend(ABC):
             protocol=self.protocol,
             rounds=max(int(reply["rounds"]) for reply in stats),
             bytes_sent=tuple(sum(cost.bytes_sent[i] for cost in rows.values()) for i in range(self._parties)),
-            sends=tuple(sum(cost.sends[i] for cost in rows.values()) for i in range(self._parties)),
+            sends=tuple(int(reply["sends"]) for reply in stats),
             client_bytes=self._client_bytes,
             setup_bytes=self._setup_bytes,
             by_path=rows,
-            offline_bytes=(0,) * self._parties,
             seconds=time.monotonic() - self._started if self.device != "meta" else None,
             cpu_seconds=tuple(float(reply["cpu_s"]) for reply in stats) if measured else (),
             peak_memory=tuple(int(reply["peak_memory"]) for reply in stats) if measured else (),
@@ -251,19 +307,31 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _samples_of(run: str) -> str:
+    """The handle of a run's samples."""
+    return f"{run}:samples"
+
+
+def _took(replies: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> tuple[Took, ...]:
+    """What the parties say they spent; empty where they do not."""
+    return tuple(Took(**reply["took"]) for reply, _ in replies if "took" in reply)
+
+
 #: The clock of a party that a message chain does not start from.
 _NEVER = -(1 << 40)
 
 
 class _Repeat(NamedTuple):
-    """What one call of a plan costs: path lengths from party j's start to party i's end, ledger rows, result types."""
+    """What one call of a plan costs: path lengths from party j's start to party i's end, ledger rows, the lengths at
+    which something leaves for a peer, result types."""
 
     lengths: list[tuple[int, ...]]
     rows: list[dict[str, Row]]
+    departures: list[set[tuple[int, tuple[int, ...]]]]
     values: list[list[Shared]]
 
     @staticmethod
-    def of(machines: Sequence[PartyMachine], path: str, outputs: Sequence[str]) -> _Repeat:
+    def of(machines: Sequence[PartyMachine], path: str, kept: Sequence[str]) -> _Repeat:
         """Read it off machines that have just run the call ``path`` from unit clocks."""
         prefix = f"/{path}"
         rows = [
@@ -274,19 +342,35 @@ class _Repeat(NamedTuple):
             }
             for machine in machines
         ]
+        departures = [set(machine.ledger.relative) for machine in machines]
+        for machine in machines:
+            machine.ledger.relative.clear()
         lengths = [machine.clock for machine in machines]
         return _Repeat(
             [clock if isinstance(clock, tuple) else (clock,) for clock in lengths],
             rows,
-            [machine.known(outputs) for machine in machines],
+            departures,
+            [machine.known(kept) for machine in machines],
         )
 
-    def again(self, machines: Sequence[PartyMachine], path: str, outputs: Sequence[str]) -> None:
-        """Book the same call under another path."""
+    def book(self, machines: Sequence[PartyMachine], path: str, kept: Sequence[str]) -> None:
+        """The same call under another path: rows and result types."""
         for machine, rows, values in zip(machines, self.rows, self.values, strict=True):
             for suffix, row in rows.items():
                 machine.ledger.rows[f"/{path}{suffix}"] = replace(row)
-            machine.remember(outputs, values)
+            machine.remember(kept, values)
+
+    def advance(self, machines: Sequence[PartyMachine], starts: Sequence[int]) -> None:
+        """Move the parties' clocks on from where they start, and count what leaves on the way by true rounds."""
+
+        def after(lengths: tuple[int, ...]) -> int:
+            return max(length + start for length, start in zip(lengths, starts, strict=True))
+
+        for machine, lengths, departures in zip(machines, self.lengths, self.departures, strict=True):
+            machine.ledger.begin()
+            for to, departure in departures:
+                machine.ledger.depart(to, after(departure))
+            machine.clock = after(lengths)
 
 
 class Lockstep(Backend):
@@ -330,36 +414,25 @@ class Lockstep(Backend):
         with torch.inference_mode():
             return lockstep(tasks)
 
-    def call(
-        self,
-        name: str,
-        path: str,
-        inputs: Mapping[str, str],
-        publics: Mapping[str, Tensor],
-        outputs: Sequence[str],
-    ) -> None:
-        """As in :class:`Backend`. On shapes, a plan's calls all cost the same: the first is run, the others repeat its
-        rows, and its matrix of path lengths moves the clocks on."""
+    def _call(self, command: Call) -> Sequence[Took]:
+        """On shapes, a plan's calls all cost the same: the first is run, the others repeat its rows, and its matrix of
+        path lengths moves the clocks on."""
         if self.device != "meta":
-            super().call(name, path, inputs, publics, outputs)
-            return
-        starts = [machine.clock for machine in self._machines]
-        kept = [*outputs, f"{name}:ranges"] if self._certify and watched(self._plans[name]) else list(outputs)
-        if name not in self._repeats:
-            for i, machine in enumerate(self._machines):
+            return super()._call(command)
+        machines = self._machines
+        starts = [clock for machine in machines if isinstance(clock := machine.clock, int)]
+        kept = [*command.outputs, *([command.samples] if command.samples else [])]
+        repeat = self._repeats.get(command.name)
+        if repeat is None:
+            for i, machine in enumerate(machines):
                 machine.clock = tuple(0 if j == i else _NEVER for j in range(len(starts)))
-            super().call(name, path, inputs, publics, outputs)
-            self._repeats[name] = _Repeat.of(self._machines, path, kept)
+            super()._call(command)
+            repeat = self._repeats[command.name] = _Repeat.of(machines, command.path, kept)
         else:
-            self._client_bytes += self._parties * _bytes(list(publics.values()))
-            self._called.add(name)
-            self._repeats[name].again(self._machines, path, kept)
-        for machine, lengths in zip(self._machines, self._repeats[name].lengths, strict=True):
-            machine.clock = max(
-                length + start
-                for length, start in zip(lengths, starts, strict=True)
-                if isinstance(start, int)
-            )
+            self._client_bytes += self._parties * _bytes(list(command.publics.values()))
+            repeat.book(machines, command.path, kept)
+        repeat.advance(machines, starts)
+        return ()
 
     def close(self) -> None:
         for machine in self._machines:

@@ -22,6 +22,7 @@ from sfumato.runtime.wire import canonical, tensor_bytes
 __all__ = [
     "Affine",
     "Call",
+    "Certify",
     "Close",
     "Command",
     "Drop",
@@ -85,13 +86,23 @@ class Put:
 @dataclass(frozen=True, slots=True)
 class Call:
     """Run the loaded plan ``name`` under ``path``. ``inputs``: argument to handle; ``publics``: argument to
-    public tensor."""
+    public tensor; ``samples``: the handle of what a certificate will look at, if the plan is watched."""
 
     name: str
     path: str
     inputs: dict[str, str]
     publics: dict[str, Tensor]
     outputs: tuple[str, ...]
+    samples: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """Every party sends the client its component of how many samples were outside their ranges, by watched call,
+    and forgets the samples. ``runs``: handles of samples by plan; ``path`` is new in this session."""
+
+    path: str
+    runs: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +151,7 @@ class Close:
     """End the session."""
 
 
-Command = Load | Put | Call | Affine | Reveal | Drop | Stats | Close
+Command = Load | Put | Call | Certify | Affine | Reveal | Drop | Stats | Close
 
 
 def to_message(command: Command, attachments: Sequence[Tensor] = ()) -> tuple[dict[str, Any], list[Tensor]]:
@@ -208,7 +219,11 @@ def _describe(command: Command) -> tuple[dict[str, Any], list[Tensor]]:
                 "inputs": dict(command.inputs),
                 "publics": names,
                 "outputs": list(command.outputs),
+                "samples": [] if command.samples is None else [command.samples],
             }, [command.publics[n] for n in names]
+        case Certify():
+            runs = [[plan, list(handles)] for plan, handles in command.runs]
+            return {"command": name, "path": command.path, "runs": runs}, []
         case Affine():
             terms = [[t.handle, t.coefficient, t.start, t.stop] for t in command.terms]
             return {
@@ -314,9 +329,27 @@ def _read_call(fields: _Fields, shared: list[Tensor]) -> Call:
         raise JobError("a call names other public tensors than it carries")
     publics = dict(zip(names, shared, strict=True))
     shared.clear()
+    samples = fields.strings("samples")
+    if len(samples) > 1:
+        raise JobError("a call has one handle for its samples, or none")
     return Call(
-        fields.handle("name"), fields.handle("path"), inputs, publics, tuple(fields.strings("outputs"))
+        fields.handle("name"),
+        fields.handle("path"),
+        inputs,
+        publics,
+        tuple(fields.strings("outputs")),
+        samples[0] if samples else None,
     )
+
+
+def _read_certify(fields: _Fields, _: list[Tensor]) -> Certify:
+    runs = []
+    for row in fields.take("runs", list):
+        plan, handles = _rows(row, "a certificate's row", 2)
+        if not isinstance(handles, list):
+            raise JobError("a certificate's row must list handles")
+        runs.append((_handle(plan), tuple(_handle(handle) for handle in handles)))
+    return Certify(fields.handle("path"), tuple(runs))
 
 
 def _read_affine(fields: _Fields, shared: list[Tensor]) -> Affine:
@@ -344,6 +377,7 @@ _READERS: dict[str, Any] = {
     "Load": _read_load,
     "Put": _read_put,
     "Call": _read_call,
+    "Certify": _read_certify,
     "Affine": _read_affine,
     "Reveal": lambda fields, _: Reveal(fields.handle("handle")),
     "Drop": lambda fields, _: Drop(fields.handle("handle")),

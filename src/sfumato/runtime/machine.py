@@ -9,6 +9,7 @@ import contextlib
 import resource
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InsecureError, JobError
-from sfumato.graph.certificate import Certificate, watched
+from sfumato.graph.certificate import Samples, violations, watched
 from sfumato.graph.execute import execute
 from sfumato.graph.plan import Plan
 from sfumato.link.base import Link
@@ -26,7 +27,19 @@ from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.prg import stream_words
 from sfumato.runtime import weights as weight_files
-from sfumato.runtime.commands import Affine, Call, Command, Drop, Load, Put, Reveal, Stats, Term, WeightSpec
+from sfumato.runtime.commands import (
+    Affine,
+    Call,
+    Certify,
+    Command,
+    Drop,
+    Load,
+    Put,
+    Reveal,
+    Stats,
+    Term,
+    WeightSpec,
+)
 from sfumato.session.drive import Scheduler
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
@@ -61,7 +74,6 @@ class PartyMachine:
         self._link = link
         self._device = device
         self._stall_s = float(options.get("stall_s", _DEFAULT_STALL_S))
-        self._certify = bool(options.get("certificate", True))
         self._largest = int(options.get("largest_bytes", _LARGEST_BYTES))
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
@@ -78,17 +90,20 @@ class PartyMachine:
             JobError: an unknown name or a value of the wrong type.
             LinkError: a peer is gone or silent.
         """
+        meter = _Meter(self._link) if isinstance(command, Call | Certify) else None
         with torch.inference_mode():
-            reply: tuple[dict[str, Any], list[Tensor]] = Scheduler(
-                self._link, self.perform(command, attachments)
-            ).run(self._stall_s)
-        return reply
+            fields, tensors = Scheduler(self._link, self.perform(command, attachments)).run(self._stall_s)
+        if meter is not None:
+            self._link.settle(self._stall_s)
+            fields = {**fields, "took": meter.stop()}
+        return fields, tensors
 
     async def perform(
         self, command: Command, attachments: list[Tensor]
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """The command as a coroutine for any driver: (reply fields, reply tensors)."""
         reply: tuple[dict[str, Any], list[Tensor]] = ({}, [])
+        self.ledger.begin()
         match command:
             case Load():
                 self._load(command, attachments)
@@ -97,6 +112,8 @@ class PartyMachine:
                 self._handles[command.handle] = self._received(spec, attachments)
             case Call():
                 await self._call(command)
+            case Certify():
+                reply = await self._certify(command)
             case Affine():
                 self._handles[command.handle] = await self._affine(command)
             case Reveal():
@@ -105,7 +122,7 @@ class PartyMachine:
                 session = self._root.fork(f"reveal{self._reveals}")
                 reply = ({"ring": str(x.ring), "frac": x.frac}, [self.protocol.summand(session, x)])
             case Drop():
-                self._get(command.handle)
+                self._get(command.handle)  # names what is missing
                 del self._handles[command.handle]
             case Stats():
                 reply = (self._stats(), [])
@@ -185,20 +202,36 @@ class PartyMachine:
             argument: self._argument(plan, argument, name) for argument, name in command.inputs.items()
         }
         session = self._root.fork(command.path)
-        certificate = Certificate(self.protocol, plan) if self._certify and watched(plan) else None
-        outputs = await execute(
-            self.protocol, session, plan, secrets, command.publics, held, certificate=certificate
-        )
+        samples = None
+        if command.samples is not None:
+            if not watched(plan):
+                raise JobError(f"nothing of the plan {command.name!r} is watched; it leaves no samples")
+            samples = Samples(self.protocol, plan, session.path)
+        outputs = await execute(self.protocol, session, plan, secrets, command.publics, held, samples=samples)
         if len(outputs) != len(command.outputs):
             raise JobError(
                 f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named"
             )
         self._handles.update(zip(command.outputs, outputs, strict=True))
-        if certificate is not None:
-            found = await certificate.violations(session.fork("certificate", row=True))
-            handle = f"{command.name}:ranges"
-            so_far = self._handles.get(handle)
-            self._handles[handle] = found if so_far is None else self.protocol.add(so_far, found)
+        if samples is not None and command.samples is not None:
+            self._handles[command.samples] = samples.taken()
+
+    async def _certify(self, command: Certify) -> tuple[dict[str, Any], list[Tensor]]:
+        """The client's summand of the violations of these runs; their samples are forgotten."""
+        runs = []
+        for name, handles in command.runs:
+            if name not in self._plans or not handles:
+                raise JobError(f"there are no runs of a plan {name!r} here to certify")
+            runs.append((self._plans[name][0], [self._get(handle) for handle in handles]))
+        if not runs:
+            raise JobError("a certificate needs the samples of at least one run")
+        session = self._root.fork(command.path).fork("certificate", row=True)
+        found = await violations(self.protocol, session, runs)
+        for _, handles in command.runs:
+            for handle in handles:
+                del self._handles[handle]
+        summand = self.protocol.summand(session.fork("reveal"), found)
+        return {"ring": str(found.ring), "frac": found.frac}, [summand]
 
     def _argument(self, plan: Plan, argument: str, handle: str) -> Shared:
         x = self._get(handle)
@@ -250,15 +283,30 @@ class PartyMachine:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         stats: dict[str, Any] = {
             "rounds": self.clock,
-            "rows": {path: [row.bytes_sent, row.sends] for path, row in self.ledger.rows.items()},
+            "sends": self.ledger.sends,
+            "rows": {path: [row.bytes_sent, row.messages] for path, row in self.ledger.rows.items()},
             "peak_memory": _peak_memory(),
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "threads": threading.active_count(),
         }
-        kernel = getattr(self._link, "kernel_bytes", None)
-        if kernel is not None:
-            stats["kernel_bytes"] = sum(kernel().values())
+        if (sent := self._link.wire_bytes()) >= 0:
+            stats["kernel_bytes"] = sent
         return stats
+
+
+class _Meter:
+    """What this process spends between two moments: wall and CPU seconds, and bytes on the wire to its peers."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float, int]:
+        return time.perf_counter(), time.process_time(), self._link.wire_bytes()
+
+    def stop(self) -> dict[str, Any]:
+        wall, cpu, sent = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        return {"wall_s": wall, "cpu_s": cpu, "kernel_bytes": int(sent)}
 
 
 def _peak_memory() -> int:

@@ -7,26 +7,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["CostReport", "PathCost", "readable"]
+__all__ = ["CostReport", "PathCost", "Took", "readable"]
 
 
 @dataclass(frozen=True, slots=True)
 class PathCost:
-    """Payload bytes and sends per party under one path."""
+    """Payload bytes and messages per party under one path."""
 
     bytes_sent: tuple[int, ...]
-    sends: tuple[int, ...]
+    messages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What one party spent on one command, from when all had it to when its last byte had left. ``kernel_bytes``: sent
+    to the other parties, framing and TLS included."""
+
+    wall_s: float
+    cpu_s: float
+    kernel_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class CostReport:
     """Cost of one run.
 
-    ``rounds``: length of the longest chain of messages. ``bytes_sent``, ``sends``: payload and messages of each party
-    to the other parties (P0, P1, P2), exact; TLS and framing are not in it. ``client_bytes``: payload between client
-    and all parties, both ways, except weights, which are ``setup_bytes``. ``offline_bytes`` is what could be prepared
-    before the inputs are known: nothing, in today's rep3. ``seconds``, ``cpu_seconds``, ``peak_memory`` (bytes) and
-    ``kernel_bytes`` are measured and empty in an estimate.
+    ``rounds``: length of the longest chain of messages. ``bytes_sent``: payload of each party to the other parties (P0,
+    P1, P2), exact; TLS and framing are not in it. ``sends``: in how many rounds each party sends something to a peer,
+    summed over peers and commands; messages of one round to one peer travel together. ``client_bytes``: payload between
+    client and all parties, both ways, except weights, which are ``setup_bytes``. ``offline_rounds``, ``offline_sends``
+    and ``offline_bytes`` are what could be prepared before the inputs are known, a part of the totals; ``online_`` is
+    the rest. In today's rep3 all is online: its openings run one way, under masks made from what they open.
+    ``seconds``, ``cpu_seconds``, ``peak_memory`` (bytes) and ``kernel_bytes`` are measured, and empty in an estimate.
     """
 
     protocol: str
@@ -36,12 +48,34 @@ class CostReport:
     client_bytes: int
     setup_bytes: int
     by_path: Mapping[str, PathCost] = field(default_factory=dict)
+    offline_rounds: int = 0
+    offline_sends: tuple[int, ...] = ()
     offline_bytes: tuple[int, ...] = ()
     seconds: float | None = None
     cpu_seconds: tuple[float, ...] = ()
     peak_memory: tuple[int, ...] = ()
     kernel_bytes: tuple[int, ...] = ()
     steps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        nothing = (0,) * len(self.bytes_sent)
+        object.__setattr__(self, "offline_bytes", tuple(self.offline_bytes) or nothing)
+        object.__setattr__(self, "offline_sends", tuple(self.offline_sends) or nothing)
+
+    @property
+    def online_rounds(self) -> int:
+        """Rounds that wait for the inputs."""
+        return self.rounds - self.offline_rounds
+
+    @property
+    def online_sends(self) -> tuple[int, ...]:
+        """Sends of each party that wait for the inputs."""
+        return tuple(a - b for a, b in zip(self.sends, self.offline_sends, strict=True))
+
+    @property
+    def online_bytes(self) -> tuple[int, ...]:
+        """Payload of each party that waits for the inputs."""
+        return tuple(a - b for a, b in zip(self.bytes_sent, self.offline_bytes, strict=True))
 
     @property
     def total_bytes(self) -> int:
@@ -60,7 +94,8 @@ class CostReport:
 
     def to_json(self) -> str:
         """The record as JSON text."""
-        return json.dumps(asdict(self) | {"total_bytes": self.total_bytes}, indent=1)
+        derived = ("online_rounds", "online_sends", "online_bytes", "total_bytes")
+        return json.dumps(asdict(self) | {name: getattr(self, name) for name in derived}, indent=1)
 
     def grouped(self, depth: int = 1) -> dict[str, PathCost]:
         """Costs by place in the model, summed over calls and steps, largest first.
@@ -72,8 +107,8 @@ class CostReport:
         for path, cost in self.by_path.items():
             names = [part for part in path.strip("/").split("/") if part[:1] not in "~#"]
             key = "/".join(names[1 : 1 + depth]) or names[0]
-            sums = groups.setdefault(key, [[0] * len(cost.bytes_sent), [0] * len(cost.sends)])
-            for i, (size, count) in enumerate(zip(cost.bytes_sent, cost.sends, strict=True)):
+            sums = groups.setdefault(key, [[0] * len(cost.bytes_sent), [0] * len(cost.messages)])
+            for i, (size, count) in enumerate(zip(cost.bytes_sent, cost.messages, strict=True)):
                 sums[0][i] += size
                 sums[1][i] += count
         found = {key: PathCost(tuple(sizes), tuple(counts)) for key, (sizes, counts) in groups.items()}
@@ -82,7 +117,8 @@ class CostReport:
     def table(self, rows: int = 12, depth: int = 1) -> str:
         """A short text table: totals, then the most expensive paths."""
         lines = [
-            f"protocol {self.protocol}: {self.rounds:,} rounds, {readable(self.total_bytes)} between the parties "
+            f"protocol {self.protocol}: {self.rounds:,} rounds, at most {max(self.sends, default=0):,} sends a party, "
+            f"{readable(self.total_bytes)} between the parties "
             f"({', '.join(f'P{i} {readable(b)}' for i, b in enumerate(self.bytes_sent))}), "
             f"{readable(self.client_bytes)} with the client, {readable(self.setup_bytes)} of weights",
         ]
@@ -95,7 +131,7 @@ class CostReport:
         for path, cost in groups[:rows]:
             share = sum(cost.bytes_sent) / max(1, self.total_bytes)
             lines.append(
-                f"{path:<{width}}  {readable(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.sends):>8,}"
+                f"{path:<{width}}  {readable(sum(cost.bytes_sent)):>10}  {share:>6.1%}  {sum(cost.messages):>8,}"
             )
         if len(groups) > rows:
             lines.append(f"and {len(groups) - rows} more paths")
@@ -124,7 +160,7 @@ def readable(count: float) -> str:
 
 
 def merged_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, PathCost]:
-    """Rows of all parties by path, from their ``{path: [bytes, sends]}``."""
+    """Rows of all parties by path, from their ``{path: [bytes, messages]}``."""
     paths = sorted({path for party in rows for path in party})
     return {
         path: PathCost(

@@ -15,7 +15,7 @@ from sfumato.errors import LinkError, ProtocolError
 from sfumato.link.base import Frame, Link
 from sfumato.link.frames import PACKED
 from sfumato.ring.pack import pack, packed_bytes, unpack
-from sfumato.session.ledger import Ledger
+from sfumato.session.ledger import Clock, Ledger
 from sfumato.session.randomness import PairStreams
 from sfumato.types import Ring
 
@@ -61,10 +61,6 @@ Branch = Callable[["Session"], Coroutine[Any, Any, Any]]
 @types.coroutine
 def _suspend(request: Wanted | Gather) -> Generator[Wanted | Gather, Any, Any]:
     return (yield request)
-
-
-#: A round count; or, to learn how an operation's rounds depend on when each party starts, one count per starting party.
-Clock = int | tuple[int, ...]
 
 
 def _later(own: Clock, other: Clock, step: int = 0) -> Clock:
@@ -194,7 +190,7 @@ class Session:
             payload = b"" if meta else pack(message.words, message.bits)
             tag = self._tag(message.name)
             self._link.send(message.to, Frame(tag, PACKED + message.bits, self._clock.now, payload))
-            self.ledger.sent(self._row, size)
+            self.ledger.sent(self._row, size, message.to, self._clock.now)
         if not receives:
             return []
         wanted = tuple((r.frm, self._tag(r.name), f"{self.path}:{r.name}") for r in receives)

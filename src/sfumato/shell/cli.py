@@ -224,6 +224,72 @@ def estimate(
         Console().print(cost_table(report, f"{steps} steps of {model}"))
 
 
+@app.command()
+@_clean
+def catalogue(
+    function: Annotated[
+        str | None, typer.Argument(help="exp, reciprocal, rsqrt, gelu, softmax, ... [default: all, in short]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a page with figures, one for each function asked for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number as JSON.")] = False,
+) -> None:
+    """What papers approximate a function with: error, range, cost, and known defects, all measured here.
+
+    Example: `sfumato catalogue gelu --out pages`
+    """
+    from sfumato.catalogue import function as known
+
+    if function is not None:
+        known(function)
+    from sfumato.shell.catalogue import show
+
+    show(function, out, as_json, Console())
+
+
+@app.command()
+@_clean
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CASE]...", help="Names or patterns ('*_1e5'). [default: all]"),
+    ] = None,
+    json_lines: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Append the records here, as JSON lines.")
+    ] = None,
+    peers: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="The peers' JSON lines: a file or a folder; repeat for more."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Weights public (the cases that have some).")
+    ] = False,
+    profile: Profile = "precise",
+    repeat: Annotated[int, typer.Option(min=1, help="Timed calls of a case, after a warm-up.")] = 3,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds of calls after which a case ends early.")
+    ] = 60.0,
+    out: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page (Markdown) here.")] = None,
+    names: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
+) -> None:
+    """Measure the cases that SPU and CrypTen are measured on, through three real processes over TLS.
+
+    Each time stands beside its floor on this machine: GEMM work, bytes and rounds at measured rates.
+
+    Example: `sfumato bench 'silu_*' bert_layer_128 --json ours.jsonl --peers benchmarks/results/peers --out page.md`
+    """
+    from sfumato.bench.measure import Settings
+    from sfumato.shell.bench import Bench, list_cases, run_bench
+
+    if names:
+        list_cases(Console())
+        return
+    settings = Settings(public=public, profile=profile, repeat=repeat, budget_s=budget)
+    asked = Bench(cases=cases or (), settings=settings, json=json_lines, peers=peers or (), out=out)
+    run_bench(asked, Console())
+
+
 @cluster_app.command("init")
 @_clean
 def cluster_init(

@@ -4,40 +4,66 @@ plan chooses."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from sfumato.graph.program import Node
+from sfumato.graph.tails import Sketch
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
-from sfumato.types import Ring
+from sfumato.types import Ring, Shared
 
-__all__ = ["Choose", "Context", "Handler", "Measure", "Options", "Run", "Stats", "Supports"]
+__all__ = ["Choose", "Context", "Handler", "Look", "Measure", "Options", "Run", "Stats", "Supports"]
 
-Stats = Mapping[str, float]
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What calibration saw of one call: numbers by key, and sketches of the quantities that have a range."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    sketches: Mapping[str, Sketch] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> float:
+        return self.numbers[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.numbers
+
+    def get(self, key: str, default: float) -> float:
+        return self.numbers.get(key, default)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user chose for a whole plan. ``margin`` widens calibrated ranges: 1.25 adds a quarter on each
-    side."""
+    """What a user chose for a whole plan.
+
+    ``margin``: the most that a calibrated range is widened without enough data, 1.25 by a quarter of its size on each
+    side. ``risk``: probability with which one call of the plan leaves a widened range, by the tail model; 0 without a
+    model, then every range has the whole margin.
+    """
 
     secret: str = "inputs"
     profile: str = "precise"
     frac: int = 18
     ring: str = "Z64"
     margin: float = 1.25
+    risk: float = 0.0
+
+
+#: ``look(node, part, value)``: something inside a call that the certificate may sample; local.
+Look = Callable[[Node, str, Shared], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a handler may know while it runs: the protocol, the plan's options, and its own choice."""
+    """What a handler may know while it runs: the protocol, the plan's options, its own choice, and who looks."""
 
     protocol: Protocol
     options: Options
     choices: Mapping[str, Mapping[str, Any]]
+    look: Look | None = None
 
     @property
     def ring(self) -> Ring:
@@ -51,14 +77,22 @@ class Context:
         """The plan's choice for this node; empty when there was nothing to choose."""
         return self.choices.get(node.name, {})
 
+    def watching(self, node: Node) -> Callable[[str, Shared], None] | None:
+        """What an operation of this call gives its inner values to, by name; None when nobody looks."""
+        look = self.look
+        return None if look is None else lambda part, value: look(node, part, value)
+
 
 #: ``run(context, session, node, args, kwargs)``; secrets come as Shared, public tensors as Tensor, the rest
 #: as captured.
 Run = Callable[[Context, Session, Node, tuple[Any, ...], Mapping[str, Any]], Awaitable[Any]]
-#: ``measure(args, kwargs, out)`` of one float call; keys that start with ``lo_`` merge by min, with ``hi_``
-#: by max.
-Measure = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], dict[str, float]]
-#: ``choose(node, stats, options)``; a JSON-able dict, stored in the plan and hashed with it.
+#: ``measure(args, kwargs, out)`` of one float call: tensors by quantity, of which extremes and a sketch are kept, and
+#: numbers; keys that start with ``lo_`` merge by min, with ``hi_`` by max.
+Measure = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], Mapping[str, float | Tensor]]
+#: ``choose(node, stats, options)``; a JSON-able dict, stored in the plan and hashed with it. What it says of itself:
+#: ``method``, ``error`` (of a result, absolute or relative as documented there), ``bits`` (per element, in all),
+#: ``headroom`` (bits left in the ring at the range's end), ``range`` (of the first argument, or of ``argument``) and
+#: ``inside`` (bounds of inner values that the certificate samples: {part: (lo, hi, fraction bits)}).
 Choose = Callable[[Node, Stats, Options], dict[str, Any]]
 #: ``supports(node, secret)``: one flag per entry of ``node.args`` (a nested argument is secret if any part
 #: is), kwargs after;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
-from sfumato.graph.handlers.kinds import Context, Handler
+from sfumato.graph.handlers.kinds import Context, Handler, Measure, Options, Stats
+from sfumato.graph.handlers.nonlinear_ranges import Measured, budget, short_up
 from sfumato.graph.program import Node
 from sfumato.ops import basic
 from sfumato.protocol.base import Bilinear, Protocol
@@ -71,10 +73,78 @@ def _at_plan_scale(ctx: Context, x: Any) -> Any:
     return ctx.protocol.lift(x, ctx.frac) if isinstance(x, Shared) and x.frac == 0 else x
 
 
+# ---- products in 32-bit words -------------------------------------------------------------------------------
+
+#: Multiply-adds per operand entry from which half the work of a product is worth shortening its operands.
+_REUSE = 100
+#: How far a sum may pass the largest one that calibration saw before it leaves Z32; watched.
+_SUM_SLACK = 2.0
+#: Deviation of a shortened entry, in units.
+_SHORTENED = 0.5
+
+
+def _operand_sizes(first: int) -> Measure:
+    """Measure: sizes of the two operands that start at argument ``first``."""
+
+    def measure(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
+        x, y = args[first : first + 2]
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() and y.numel()):
+            return {}
+        sizes = {"hi_reuse": _reuse(x, y, out)}
+        for key, operand in (("left", x), ("right", y)):
+            real = operand.to(torch.float64)
+            sizes |= {
+                f"hi_{key}": float(real.abs().max()),
+                f"hi_{key}_scale": float(real.square().mean().sqrt()),
+            }
+        return sizes
+
+    return measure
+
+
+def _reuse(x: Tensor, y: Tensor, out: Tensor) -> float:
+    """Multiply-adds of a product over the entries of its operands."""
+    depth = (
+        y.numel() // y.shape[0]
+        if out.dim() > 2 and y.dim() == out.dim() and x.dim() == y.dim()
+        else x.shape[-1]
+    )
+    return out.numel() * depth / (x.numel() + y.numel())
+
+
+def _choose_words(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    """Z32 for a large product of secrets, where its sums fit and the profile's budget allows the rounding."""
+    weights = node.target in _WEIGHTED and options.secret != "inputs+weights"
+    if (
+        options.ring != "Z64"
+        or weights
+        or stats.get("hi_reuse", 0.0) < _REUSE
+        or stats.get("lo_scale", 0.0) <= 0.0
+    ):
+        return {}
+    bound = short_up(stats["hi_out"] * _SUM_SLACK)
+    total = 30 - math.frexp(bound)[1]  # |sum| 2^total < 2^30
+    left, right = max(stats["hi_left_scale"], 2.0**-40), max(stats["hi_right_scale"], 2.0**-40)
+    first = (total + math.frexp(right / left)[1]) // 2
+    room = [29 - math.frexp(_SUM_SLACK * stats[f"hi_{key}"])[1] for key in ("left", "right")]
+    first = max(0, min(first, room[0], options.frac))
+    second = max(0, min(total - first, room[1], options.frac))
+    # Independent errors of both operands, weighed by the other, over the size of a sum of as many products.
+    noise = _SHORTENED * math.hypot(2.0**-first / left, 2.0**-second / right)
+    if first + second < options.frac or noise > budget(options).relative:
+        return {}
+    return {"method": "32-bit product", "error": noise, "words": [first, second], "sum": bound}
+
+
+def _short(ctx: Context, node: Node) -> basic.Short | None:
+    words = ctx.choice(node).get("words")
+    return None if words is None else basic.Short(*words)
+
+
 async def _matmul(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     x, y = args[0], args[1]
     if _plain_scales(x, y) and len(x.shape) > 1 and len(y.shape) > 1:
-        return await basic.matmul(ctx.protocol, s, x, y)
+        return await basic.matmul(ctx.protocol, s, x, y, short=_short(ctx, node))
     return await product(ctx, s, kernels.matmul, x, y, node.shape)
 
 
@@ -90,7 +160,13 @@ async def _addmm(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
         z = z if alpha == 1.0 else await basic.scale(p, s.fork("alpha"), z, alpha)
         return z if beta == 0.0 else basic.add(p, s, z, bias)
     return await basic.matmul(
-        p, s, x, y, factor=alpha, plus=None if beta == 0.0 else _at_plan_scale(ctx, bias)
+        p,
+        s,
+        x,
+        y,
+        factor=alpha,
+        plus=None if beta == 0.0 else _at_plan_scale(ctx, bias),
+        short=_short(ctx, node),
     )
 
 
@@ -104,7 +180,7 @@ async def _linear(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwar
     x, w = _at_plan_scale(ctx, args[0]), args[1]
     bias = args[2] if len(args) > 2 else None
     if isinstance(x, Shared):
-        return await basic.linear(ctx.protocol, s, x, w, bias)
+        return await basic.linear(ctx.protocol, s, x, w, bias, short=_short(ctx, node))
     turned = ctx.protocol.linear(lambda part: part.transpose(-1, -2), w)
     z = await basic.matmul(ctx.protocol, s, x, turned)
     return z if bias is None else basic.add(ctx.protocol, s, z, bias)
@@ -146,7 +222,7 @@ async def _conv(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs
     bias = args[2] if len(args) > 2 else None
     geometry = _geometry(node, args)
     if isinstance(x, Shared):
-        return await basic.conv(ctx.protocol, s, x, w, bias, geometry)
+        return await basic.conv(ctx.protocol, s, x, w, bias, geometry, short=_short(ctx, node))
     z = await product(ctx, s, geometry, x, w, node.shape)
     if bias is None:
         return z
@@ -324,15 +400,19 @@ def _to_float_only(node: Node, secret: tuple[bool, ...]) -> str | None:
 _ADD, _SUB, _RSUB, _MUL = Handler(_add), Handler(_sub), Handler(_rsub), Handler(_mul)
 _DIV = Handler(_div, supports=_public_divisor)
 _POW = Handler(_pow, supports=_whole_power)
-_CONV = Handler(_conv)
+_CONV = Handler(_conv, _operand_sizes(0), _choose_words)
+_MATMUL = Handler(_matmul, _operand_sizes(0), _choose_words)
+_ADDMM = Handler(_addmm, _operand_sizes(1), _choose_words)
+#: Calls whose second operand is a weight of the model.
+_WEIGHTED = frozenset(f"aten.{name}.default" for name in ("linear", "conv1d", "conv2d", "conv3d"))
 
 HANDLERS_LINEAR: dict[str, Handler] = {
-    "aten.linear.default": Handler(_linear),
-    "aten.addmm.default": Handler(_addmm),
-    "aten.baddbmm.default": Handler(_addmm),
-    "aten.matmul.default": Handler(_matmul),
-    "aten.mm.default": Handler(_matmul),
-    "aten.bmm.default": Handler(_matmul),
+    "aten.linear.default": Handler(_linear, _operand_sizes(0), _choose_words),
+    "aten.addmm.default": _ADDMM,
+    "aten.baddbmm.default": _ADDMM,
+    "aten.matmul.default": _MATMUL,
+    "aten.mm.default": _MATMUL,
+    "aten.bmm.default": _MATMUL,
     "aten.mv.default": Handler(_matmul),
     "aten.einsum.default": Handler(_einsum, supports=_few_operands),
     "aten.conv1d.default": _CONV,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +16,28 @@ from sfumato.graph.handlers.linear import HANDLERS_LINEAR
 from sfumato.graph.handlers.nonlinear_ranges import (
     Args,
     Kwargs,
+    Measured,
     argument,
     bound_of,
+    budget,
     chosen,
     in_range,
     in_z64,
     like,
+    log_range,
+    positive,
     range_of,
-    short_down,
-    short_up,
-    tolerances,
+    room,
+    seen,
+    spread,
+    usual,
     widened,
+    window_bits,
 )
 from sfumato.graph.program import Node
 from sfumato.ops import activation, basic, compare, elementary
+from sfumato.ops.fit import series_noise
+from sfumato.protocol import cost
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
@@ -49,11 +59,21 @@ def _smooth(
     def choose(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
         lo, hi = range_of(node, stats, options)
         known = name if isinstance(name, str) else name(node)
-        low = _domain_start(known, stats, options, lo)
+        if known in ("log", "sqrt") and lo <= 0:  # a margin must not cross zero
+            lo = _log_range(stats, options, "in", known)[0]
+        allowed = budget(options).smooth(stats.get("lo_scale", 1.0), options.frac)
 
         def make() -> dict[str, Any]:
-            plan = activation.plan_smooth(known, low, hi, tolerance=tolerances(options).smooth)
-            return {"method": plan.method, "error": plan.error, "plan": plan.to_dict()}
+            plan = activation.plan_smooth(
+                known, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in")
+            )
+            series, ends = plan.series, torch.linspace(plan.series.lo, plan.series.hi, 257)
+            largest = float(series(ends).abs().max())
+            return {
+                "method": plan.method, "range": [lo, hi], "bits": plan.bits,
+                "error": plan.error + series_noise(series) + 2.0**-options.frac,
+                "headroom": series.word - room(largest, series.scale), "plan": plan.to_dict(),
+            }  # fmt: skip
 
         return chosen(make)
 
@@ -64,16 +84,17 @@ def _smooth(
             ctx, s.fork("out"), await activation.smooth(ctx.protocol, s.fork("smooth"), x, plan)
         )
 
-    return Handler(run, in_range, choose, None if supports is None else lambda node, secret: supports(node))
+    measure = positive if name == "log" else in_range
+    return Handler(run, measure, choose, None if supports is None else lambda node, secret: supports(node))
 
 
-def _domain_start(name: str, stats: Stats, options: Options, lo: float) -> float:
-    """Where a function that needs positive values starts: a margin must not cross zero."""
-    if name not in ("log", "sqrt") or lo > 0:
-        return lo
-    if stats["lo_in"] <= 0:
-        raise CaptureError(f"{name} saw {stats['lo_in']:g} in calibration; it needs positive values")
-    return short_down(stats["lo_in"] / options.margin**2)
+def _log_range(stats: Stats, options: Options, key: str, what: str) -> tuple[float, float]:
+    """The range of a quantity whose logarithms were measured, too."""
+    if f"lo_log_{key}" not in stats:
+        raise CaptureError(
+            f"{what} saw {stats[f'lo_{key}']:g} in calibration; it needs positive values away from zero"
+        )
+    return log_range(stats, f"log_{key}", options)
 
 
 def _which_gelu(node: Node) -> str:
@@ -96,11 +117,18 @@ def _unit_elu(node: Node) -> str | None:
 
 
 def _choose_exp(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    """Relative accuracy down to the last bit of the plan's fraction, absolute below it."""
     lo, hi = range_of(node, stats, options)
+    cut = -math.log(2.0) * options.frac
 
     def make() -> dict[str, Any]:
-        plan = elementary.plan_exp(lo, hi, tolerance=tolerances(options).exp, frac=options.frac, cut=-18.0)
-        return {"method": "squarings", "error": plan.error, "plan": plan.to_dict()}
+        allowed = budget(options).largest
+        plan = elementary.plan_exp(lo, hi, tolerance=allowed, frac=options.frac, cut=cut)
+        return {
+            "method": "clipped exp" if plan.clip else "exp", "range": [lo, hi], "bits": plan.bits,
+            "error": plan.error, "headroom": plan.core.word - room(math.exp(plan.core.hi), plan.core.frac_out),
+            "plan": plan.to_dict(),
+        }  # fmt: skip
 
     return chosen(make)
 
@@ -113,19 +141,19 @@ async def _exp(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
     )
 
 
-def _positive_range(lo: float, hi: float, options: Options, what: str) -> tuple[float, float]:
-    if lo <= 0:
-        raise CaptureError(f"{what} saw {lo:g} in calibration; it needs positive values away from zero")
-    return short_down(lo / options.margin**3), short_up(hi * options.margin**3)
-
-
-def _inverse_choice(root: int, lo: float, hi: float, options: Options, what: str) -> dict[str, Any]:
-    low, high = _positive_range(lo, hi, options, what)
+def _inverse_choice(
+    root: int, stats: Stats, key: str, options: Options, what: str, product: bool = False
+) -> dict[str, Any]:
+    low, high = _log_range(stats, options, key, what)
 
     def make() -> dict[str, Any]:
-        plan = elementary.plan_inverse(root, low, high, tolerance=tolerances(options).inverse)
-        method = "buckets" if plan.buckets else "newton"
-        return {"method": method, "error": plan.error, "plan": plan.to_dict()}
+        allowed = budget(options).largest
+        plan = elementary.plan_inverse(root, low, high, tolerance=allowed, rows=False)
+        more = cost.bits("bilinear_truncate", k=64, f=options.frac) if product else 0
+        return {
+            "method": "buckets" if plan.buckets else "series", "range": [low, high], "error": plan.error,
+            "bits": plan.bits + more, "headroom": plan.headroom, "plan": plan.to_dict(),
+        }  # fmt: skip
 
     return chosen(make)
 
@@ -134,15 +162,15 @@ def _inverse(root: int, compute: Compute, what: str) -> Handler:
     """A power -1, -1/2 or 1/2 of a positive secret."""
 
     def choose(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-        range_of(node, stats, options)
-        return _inverse_choice(root, stats["lo_in"], stats["hi_in"], options, what)
+        seen(node, stats, "in")
+        return _inverse_choice(root, stats, "in", options, what, compute is elementary.sqrt)
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
         plan = elementary.InversePlan.from_dict(ctx.choice(node)["plan"])
         x = await in_z64(ctx, s.fork("in"), args[0])
         return await like(ctx, s.fork("out"), await compute(ctx.protocol, s.fork("root"), x, plan))
 
-    return Handler(run, in_range, choose)
+    return Handler(run, positive, choose)
 
 
 _RECIPROCAL = _inverse(1, elementary.reciprocal, "a reciprocal")
@@ -150,20 +178,20 @@ _RSQRT = _inverse(2, elementary.rsqrt, "rsqrt")
 _SQRT = _inverse(2, elementary.sqrt, "sqrt")
 
 
-def _measure_div(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_div(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     if not isinstance(args[1], Tensor):
         return {}
-    d = args[1].to(torch.float64)
-    return {"lo_div": float(d.min()), "hi_div": float(d.max())} if d.numel() else {}
+    return {key.replace("in", "div"): value for key, value in positive(args[1:], kwargs, out).items()}
 
 
 def _choose_div(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    if not stats.get("lo_div", 0.0) > 0:
+    if "lo_log_div" not in stats:
         return {}  # a public divisor, or one that a run will refuse
     try:
-        return _inverse_choice(1, stats["lo_div"], stats["hi_div"], options, "a divisor")
+        choice = _inverse_choice(1, stats, "div", options, "a divisor", True)
     except CaptureError:
         return {}
+    return {**choice, "argument": 1}
 
 
 async def _div(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -193,6 +221,10 @@ def _supports_div(node: Node, secret: tuple[bool, ...]) -> str | None:
 _ROOTS = {-1.0: _RECIPROCAL, -0.5: _RSQRT, 0.5: _SQRT}
 
 
+def _measure_pow(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
+    return positive(args, kwargs, out) if args[1] in _ROOTS else {}
+
+
 def _choose_pow(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
     handler = _ROOTS.get(node.args[1])
     return handler.choose(node, stats, options) if handler and handler.choose else {}
@@ -214,59 +246,82 @@ def _supports_pow(node: Node, secret: tuple[bool, ...]) -> str | None:
 # ---- comparisons -------------------------------------------------------------------------------------------
 
 
-def _choose_bound(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    return _window_choice(bound_of(node, stats, options), options)
+def _window_choice(
+    bound: float, scale: float, options: Options, values: int, *, exact: bool = False
+) -> dict[str, Any]:
+    """A comparison's bits; ``values``: chosen words per element. ``exact``: where a wrong choice has no size."""
+
+    def make() -> dict[str, Any]:
+        band = 0.0 if exact else budget(options).band(scale)
+        bits = window_bits(bound, band, options.frac)
+        return {
+            "method": "window", "bound": bound, "bits": cost.bits("select_negative", k=64, m=bits) * values,
+            "window": bits, "error": compare.band(bound, options.frac, bits),
+            "headroom": 62 - room(bound, options.frac),
+        }  # fmt: skip
+
+    return chosen(make)
 
 
-def _window_choice(bound: float, options: Options) -> dict[str, Any]:
-    error = chosen(lambda: {"error": compare.band(bound, options.frac)})
-    return {"method": "window", "bound": bound, "bits": compare.WINDOW_BITS, **error}
+def _compared(compute: Compute, supports: Supports | None = None, *, values: int = 1) -> Handler:
+    """``compute(p, s, x, choice, args, kwargs)`` with a comparison window from the calibrated bound."""
 
-
-def _compared(compute: Compute, supports: Supports | None = None) -> Handler:
-    """``compute(p, s, x, bound, args, kwargs)`` with a comparison window from the calibrated bound."""
+    def choose(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+        lo, hi = range_of(node, stats, options)
+        choice = _window_choice(bound_of(node, stats, options), spread(stats, "in"), options, values)
+        return {**choice, "range": [lo, hi]}
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
         x = await in_z64(ctx, s.fork("in"), args[0])
-        y = await compute(ctx.protocol, s.fork("compare"), x, float(ctx.choice(node)["bound"]), args, kwargs)
+        y = await compute(ctx.protocol, s.fork("compare"), x, _Seen.of(ctx.choice(node)), args, kwargs)
         return await like(ctx, s.fork("out"), y)
 
-    return Handler(run, in_range, _choose_bound, supports)
+    return Handler(run, in_range, choose, supports)
 
 
-async def _relu(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
-    return await compare.relu(p, s, x, bound)
+class _Seen(NamedTuple):
+    """What a comparison sees: values up to ``bound``, by so many ``bits``."""
+
+    bound: float
+    bits: int
+
+    @staticmethod
+    def of(choice: Mapping[str, Any]) -> _Seen:
+        return _Seen(float(choice["bound"]), int(choice["window"]))
 
 
-async def _leaky_relu(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
-    return await compare.leaky_relu(p, s, x, float(argument(args, kwargs, 1, "negative_slope", 0.01)), bound)
+async def _relu(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+    return await compare.relu(p, s, x, seen.bound, bits=seen.bits)
 
 
-async def _abs(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
-    return await compare.absolute(p, s, x, bound)
+async def _leaky_relu(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+    slope = float(argument(args, kwargs, 1, "negative_slope", 0.01))
+    return await compare.leaky_relu(p, s, x, slope, seen.bound, bits=seen.bits)
 
 
-async def _hardswish(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
-    return await activation.hardswish(p, s, x, bound)
+async def _abs(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+    return await compare.absolute(p, s, x, seen.bound, bits=seen.bits)
 
 
-async def _hardsigmoid(
-    p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs
-) -> Shared:
-    return await activation.hardsigmoid(p, s, x, bound)
+async def _hardswish(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+    return await activation.hardswish(p, s, x, seen.bound)
+
+
+async def _hardsigmoid(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+    return await activation.hardsigmoid(p, s, x, seen.bound)
 
 
 def _clip(first: float | None, second: float | None, low: str = "min", high: str | None = "max") -> Compute:
     """clamp with defaults; ``high=None`` for one-sided forms named by ``low``."""
 
-    async def run(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
+    async def run(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
         if high is None:
             limit = argument(args, kwargs, 1, low)
             limits = (limit, None) if low == "min" else (None, limit)
         else:
             limits = (argument(args, kwargs, 1, low, first), argument(args, kwargs, 2, high, second))
         given = [None if v is None else float(v) for v in limits]
-        return await compare.clamp(p, s, x, given[0], given[1], bound)
+        return await compare.clamp(p, s, x, given[0], given[1], seen.bound, bits=seen.bits)
 
     return run
 
@@ -281,8 +336,8 @@ def _public_limits(node: Node, secret: tuple[bool, ...]) -> str | None:
 
 
 def _fixed_clip(low: float, high: float) -> Compute:
-    async def run(p: Protocol, s: Session, x: Shared, bound: float, args: Args, kwargs: Kwargs) -> Shared:
-        return await compare.clamp(p, s, x, low, high, bound)
+    async def run(p: Protocol, s: Session, x: Shared, seen: _Seen, args: Args, kwargs: Kwargs) -> Shared:
+        return await compare.clamp(p, s, x, low, high, seen.bound, bits=seen.bits)
 
     return run
 
@@ -290,50 +345,54 @@ def _fixed_clip(low: float, high: float) -> Compute:
 # ---- two secrets -------------------------------------------------------------------------------------------
 
 
-def _measure_gap(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
-    gap = args[0].to(torch.float64) - args[1]
-    return {"lo_gap": float(gap.min()), "hi_gap": float(gap.max())} if gap.numel() else {}
+def _measure_gap(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
+    return {"gap": args[0].to(torch.float64) - args[1]}
 
 
-def _choose_gap(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    """A bound on the difference, with the margin; neither value by itself has a range to keep to."""
-    if "lo_gap" not in stats:
-        raise CaptureError(f"{node.name} was not calibrated; give calibration inputs that reach it")
-    lo, hi = widened(stats["lo_gap"], stats["hi_gap"], options.margin)
-    return _window_choice(max(abs(lo), abs(hi), 2.0**-6), options)
+def _choose_gap(node: Node, stats: Stats, options: Options, *, exact: bool) -> dict[str, Any]:
+    """A bound on the difference; neither value by itself has a range to keep to."""
+    seen(node, stats, "gap")
+    lo, hi = widened(stats, "gap", options)
+    bound = max(abs(lo), abs(hi), 2.0**-6)
+    choice = _window_choice(bound, spread(stats, "gap"), options, 1, exact=exact)
+    return {**choice, "inside": {"gap": [-bound, bound, options.frac]}}
 
 
 def _pair(larger: bool) -> Handler:
     """max or min of two values, by the sign of their difference."""
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-        p, bound = ctx.protocol, float(ctx.choice(node)["bound"])
+        p, seen = ctx.protocol, _Seen.of(ctx.choice(node))
         x, y = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in range(2)]
         gap = basic.sub(p, s, x, y) if larger else basic.sub(p, s, y, x)
-        lead = await compare.relu(p, s.fork("relu"), gap, bound)
+        if ctx.look is not None:
+            ctx.look(node, "gap", gap)
+        lead = await compare.relu(p, s.fork("relu"), gap, seen.bound, bits=seen.bits)
         best = basic.add(p, s, y, lead) if larger else basic.sub(p, s, y, lead)
         return await like(ctx, s.fork("out"), best)
 
-    return Handler(run, _measure_gap, _choose_gap)
+    return Handler(run, _measure_gap, partial(_choose_gap, exact=False))
 
 
 def _order(swapped: bool) -> Handler:
     """[x < y] (swapped: [x > y]) as whole words; equal values may come out either way."""
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-        p, bound = ctx.protocol, float(ctx.choice(node)["bound"])
+        p, seen = ctx.protocol, _Seen.of(ctx.choice(node))
         x, y = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in range(2)]
         gap = basic.sub(p, s, y, x) if swapped else basic.sub(p, s, x, y)
-        bit = await compare.less_than_zero(p, s.fork("less"), gap, bound)
+        if ctx.look is not None:
+            ctx.look(node, "gap", gap)
+        bit = await compare.less_than_zero(p, s.fork("less"), gap, seen.bound, bits=seen.bits)
         return await like(ctx, s.fork("out"), bit)
 
-    return Handler(run, _measure_gap, _choose_gap)
+    return Handler(run, _measure_gap, partial(_choose_gap, exact=True))
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-_CLAMP = _compared(_clip(None, None), _public_limits)
-_HARDTANH = _compared(_clip(-1.0, 1.0, "min_val", "max_val"), _public_limits)
+_CLAMP = _compared(_clip(None, None), _public_limits, values=2)
+_HARDTANH = _compared(_clip(-1.0, 1.0, "min_val", "max_val"), _public_limits, values=2)
 _RELU, _LEAKY = _compared(_relu), _compared(_leaky_relu)
 _DIV = Handler(_div, _measure_div, _choose_div, _supports_div)
 
@@ -354,17 +413,17 @@ ELEMENTWISE: dict[str, Handler] = {
     "aten.sqrt.default": _SQRT,
     "aten.div.Tensor": _DIV,
     "aten.true_divide.Tensor": _DIV,
-    "aten.pow.Tensor_Scalar": Handler(_pow, in_range, _choose_pow, _supports_pow),
+    "aten.pow.Tensor_Scalar": Handler(_pow, _measure_pow, _choose_pow, _supports_pow),
     "aten.relu.default": _RELU,
     "aten.relu_.default": _RELU,
     "aten.leaky_relu.default": _LEAKY,
     "aten.leaky_relu_.default": _LEAKY,
     "aten.abs.default": _compared(_abs),
-    "aten.hardswish.default": _compared(_hardswish),
-    "aten.hardsigmoid.default": _compared(_hardsigmoid),
+    "aten.hardswish.default": _compared(_hardswish, values=2),
+    "aten.hardsigmoid.default": _compared(_hardsigmoid, values=2),
     "aten.hardtanh.default": _HARDTANH,
     "aten.hardtanh_.default": _HARDTANH,
-    "aten.relu6.default": _compared(_fixed_clip(0.0, 6.0)),
+    "aten.relu6.default": _compared(_fixed_clip(0.0, 6.0), values=2),
     "aten.clamp.default": _CLAMP,
     "aten.clamp_.default": _CLAMP,
     "aten.clamp_min.default": _compared(_clip(None, None, "min", None), _public_limits),

@@ -9,45 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.errors import CaptureError
-from sfumato.graph.handlers.kinds import Context, Handler, Options, Stats
+from sfumato.graph.handlers.kinds import Choose, Context, Handler, Options, Stats
 from sfumato.graph.handlers.nonlinear_ranges import (
     Args,
     Kwargs,
+    Measured,
     argument,
     bound_of,
+    budget,
     chosen,
     in_range,
     in_z64,
     like,
-    short_down,
+    log_range,
+    range_of,
+    room,
+    seen,
     short_up,
-    tolerances,
+    spread,
     widened,
+    window_bits,
 )
 from sfumato.graph.program import Node
 from sfumato.ops import attention, compare, norm
 from sfumato.ops.basic import neg
+from sfumato.protocol import cost
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
 __all__ = ["ROWS"]
 
 _FLOAT_EPS = float(torch.finfo(torch.float32).eps)
+#: A mean square of zero without an epsilon is seen as this.
+_LEAST_SQUARE = 2.0**-60
 
 
 # ---- norms -------------------------------------------------------------------------------------------------
 
 
-def _norm_stats(rows: Tensor, eps: float, centre: bool) -> dict[str, float]:
+def _norm_stats(rows: Tensor, eps: float, centre: bool) -> Measured:
     rows = rows.to(torch.float64)
     if rows.numel() == 0:
         return {}
     d = rows - rows.mean(-1, keepdim=True) if centre else rows
-    square = d.square().mean(-1, keepdim=True)
-    reach = (d / (square + eps).sqrt()).abs().max()
+    square = d.square().mean(-1, keepdim=True) + eps
+    reach = (d / square.sqrt()).abs().max()
     return {
-        "lo_var": float(square.min()), "hi_var": float(square.max()), "hi_reach": float(reach),
+        "log_square": square.clamp_min(_LEAST_SQUARE).log2(), "hi_reach": float(reach),
         "hi_count": float(rows.shape[-1]),
     }  # fmt: skip
 
@@ -66,17 +74,17 @@ def _gain(args: Args, kwargs: Kwargs) -> dict[str, float]:
     return {"hi_gain": float(weight.abs().max())} if isinstance(weight, Tensor) and weight.numel() else {}
 
 
-def _measure_group(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_group(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     x, groups = args[0], int(args[1])
     rows = x.reshape(x.shape[0], groups, -1)
     return {**_norm_stats(rows, _group_eps(args, kwargs), True), **_gain(args, kwargs)}
 
 
-def _measure_layer(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_layer(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     return {**_norm_stats(_last_axes(args), _group_eps(args, kwargs), True), **_gain(args, kwargs)}
 
 
-def _measure_rms(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_rms(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     return {**_norm_stats(_last_axes(args), _rms_eps(args, kwargs), False), **_gain(args, kwargs)}
 
 
@@ -86,31 +94,28 @@ def _last_axes(args: Args) -> Tensor:
 
 
 def _choose_norm(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    if "lo_var" not in stats:
-        raise CaptureError(f"{node.name} was not calibrated; give calibration inputs that reach it")
-    tolerances(options)
-    eps = (
-        _rms_eps(node.args, node.kwargs)
-        if node.target == "aten.rms_norm.default"
-        else _group_eps(node.args, node.kwargs)
-    )
-    wide = options.margin**3
-    # eps keeps the norm's inverse root finite where a row has no variance at all.
-    low = short_down(stats["lo_var"] / wide) if stats["lo_var"] > 0 else stats["lo_var"]
-    high = short_up(max(stats["hi_var"], 1e-9) * wide)
+    """From the range of the mean square and epsilon together, which is positive, in logarithms."""
+    seen(node, stats, "log_square")
+    rms = node.target == "aten.rms_norm.default"
+    eps = _rms_eps(node.args, node.kwargs) if rms else _group_eps(node.args, node.kwargs)
+    low, high = log_range(stats, "log_square", options)
+    reach, count = options.margin * 2 * stats["hi_reach"], int(stats["hi_count"])
+    allowed = budget(options).relative
 
     def make() -> dict[str, Any]:
         plan = norm.plan_norm(
-            int(stats["hi_count"]),
-            low,
-            high,
-            eps,
-            reach=short_up(2 * options.margin * stats["hi_reach"]) if stats["hi_reach"] > 0 else 0.0,
-            gain=stats.get("hi_gain", 1.0),
-            frac=options.frac,
-        )
-        method = "buckets" if plan.inverse.buckets else "newton"
-        return {"method": method, "error": plan.inverse.error, "plan": plan.to_dict()}
+            count, max(low - eps, 0.0), max(high - eps, 1e-9), eps,
+            reach=short_up(reach) if reach > 0 else 0.0, gain=stats.get("hi_gain", 1.0), frac=options.frac,
+            tolerance=allowed,
+        )  # fmt: skip
+        product = cost.bits("bilinear_truncate", k=64, f=options.frac)
+        squares = high * math.ceil(count / plan.chunks)
+        return {
+            "method": "buckets" if plan.inverse.buckets else "series", "error": plan.inverse.error,
+            "bits": product + (plan.inverse.bits + 2 * product) / count,
+            "headroom": 62 - room(squares, 2 * options.frac), "plan": plan.to_dict(),
+            "inside": {"square": [plan.inverse.lo, plan.inverse.hi, plan.square_frac(options.frac)]},
+        }  # fmt: skip
 
     return chosen(make)
 
@@ -123,7 +128,9 @@ async def _group_norm(ctx: Context, s: Session, node: Node, args: Args, kwargs: 
     plan = norm.NormPlan.from_dict(ctx.choice(node)["plan"])
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
     x, weight, bias = await _affine(ctx, s, args[0], weight, bias)
-    y = await norm.group_norm(ctx.protocol, s.fork("norm"), x, int(args[1]), weight, bias, plan)
+    y = await norm.group_norm(
+        ctx.protocol, s.fork("norm"), x, int(args[1]), weight, bias, plan, look=ctx.watching(node)
+    )
     return await like(ctx, s.fork("out"), y)
 
 
@@ -131,14 +138,18 @@ async def _layer_norm(ctx: Context, s: Session, node: Node, args: Args, kwargs: 
     plan = norm.NormPlan.from_dict(ctx.choice(node)["plan"])
     weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
     x, weight, bias = await _affine(ctx, s, args[0], weight, bias)
-    y = await norm.layer_norm(ctx.protocol, s.fork("norm"), x, len(args[1]), weight, bias, plan)
+    y = await norm.layer_norm(
+        ctx.protocol, s.fork("norm"), x, len(args[1]), weight, bias, plan, look=ctx.watching(node)
+    )
     return await like(ctx, s.fork("out"), y)
 
 
 async def _rms_norm(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     plan = norm.NormPlan.from_dict(ctx.choice(node)["plan"])
     x, weight = await _affine(ctx, s, args[0], argument(args, kwargs, 2, "weight"))
-    y = await norm.rms_norm(ctx.protocol, s.fork("norm"), x, len(args[1]), weight, plan)
+    y = await norm.rms_norm(
+        ctx.protocol, s.fork("norm"), x, len(args[1]), weight, plan, look=ctx.watching(node)
+    )
     return await like(ctx, s.fork("out"), y)
 
 
@@ -149,38 +160,43 @@ def _secret_input(node: Node, secret: tuple[bool, ...]) -> str | None:
 # ---- softmax and attention ---------------------------------------------------------------------------------
 
 
-def _row_stats(scores: Tensor, allowed: Tensor | None) -> dict[str, float]:
-    """Range of the scores that count, and of the rows' maxima. Rows on the last axis."""
+def _row_stats(scores: Tensor, allowed: Tensor | None) -> Measured:
+    """The scores that count, and the rows' maxima. Rows on the last axis."""
     scores = scores.to(torch.float64)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
     rows = scores.amax(-1)
-    low = scores.masked_fill(scores == -math.inf, math.inf).min()
-    return {
-        "lo_score": float(low), "hi_score": float(rows.max()), "lo_row": float(rows.min()),
-        "hi_count": float(scores.shape[-1]),
-    }  # fmt: skip
+    return {"score": scores[scores > -math.inf], "row": rows, "hi_count": float(scores.shape[-1])}
 
 
-def _measure_softmax(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_softmax(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     return _row_stats(args[0].movedim(int(args[1]), -1), None) if args[0].numel() else {}
 
 
 def _choose_rows(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    if "lo_score" not in stats:
-        raise CaptureError(f"{node.name} was not calibrated; give calibration inputs that reach it")
-    lo, hi = widened(stats["lo_score"], stats["hi_score"], options.margin)
-    row_lo, row_hi = widened(stats["lo_row"], stats["hi_score"], options.margin)
-    row_lo, row_hi = max(row_lo - 0.5, lo), min(row_hi + 0.5, hi + 0.5)
-    value = options.margin * stats.get("hi_value", 1.0)
+    seen(node, stats, "score")
+    lo, hi = widened(stats, "score", options)
+    row_lo, row_hi = widened(stats, "row", options)
+    row_lo, row_hi = max(row_lo, lo), min(row_hi, hi)
+    value, count = options.margin * stats.get("hi_value", 1.0), int(stats["hi_count"])
     reach = short_up(value) if value > 0 else value
 
     def make() -> dict[str, Any]:
         plan = attention.plan_softmax(
-            int(stats["hi_count"]), lo, max(hi, row_hi), row_lo, row_hi, reach=reach, frac=options.frac,
-            tolerance=tolerances(options).exp,
-        )  # fmt: skip
-        return {"method": plan.method, "error": plan.exp.error, "plan": plan.to_dict()}
+            count, lo, hi, row_lo, row_hi, reach=reach, frac=options.frac, tolerance=budget(options).largest
+        )
+        product = cost.bits("bilinear_truncate", k=64, f=options.frac)
+        search = cost.bits("select_negative", k=64, m=compare.WINDOW_BITS) if plan.method == "max" else 0
+        heaviest = count * math.exp(plan.exp.hi) * max(reach, 1.0)
+        inside = {
+            "scores": [plan.exp.lo, plan.exp.hi, options.frac],
+            "sums": [plan.inverse.lo, plan.inverse.hi, plan.exp.frac],
+        }
+        return {
+            "method": plan.method, "error": plan.exp.error, "bits": plan.exp.bits + search + product,
+            "headroom": 62 - room(heaviest, plan.exp.frac + options.frac), "plan": plan.to_dict(),
+            "inside": inside,
+        }  # fmt: skip
 
     return chosen(make)
 
@@ -188,11 +204,13 @@ def _choose_rows(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
 async def _softmax(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     plan = attention.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
     x = await in_z64(ctx, s.fork("in"), args[0])
-    y = await attention.softmax(ctx.protocol, s.fork("softmax"), x, int(args[1]), plan)
+    y = await attention.softmax(
+        ctx.protocol, s.fork("softmax"), x, int(args[1]), plan, look=ctx.watching(node)
+    )
     return await like(ctx, s.fork("out"), y)
 
 
-def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> dict[str, float]:
+def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     q, k, v = (t.to(torch.float64) for t in args[:3])
     if argument(args, kwargs, 7, "enable_gqa", False):
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
@@ -222,6 +240,7 @@ async def _attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: K
         mask=argument(args, kwargs, 3, "attn_mask"),
         causal=bool(argument(args, kwargs, 5, "is_causal", False)),
         grouped=bool(argument(args, kwargs, 7, "enable_gqa", False)),
+        look=ctx.watching(node),
     )
     return await like(ctx, s.fork("out"), y)
 
@@ -242,10 +261,24 @@ def _supports_attention(node: Node, secret: tuple[bool, ...]) -> str | None:
 # ---- maxima ------------------------------------------------------------------------------------------------
 
 
-def _choose_window(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    bound = bound_of(node, stats, options)
-    error = compare.band(2 * bound, options.frac)
-    return {"method": "tournament", "bound": bound, "bits": compare.WINDOW_BITS, "error": error}
+def _window_choice(exact: bool) -> Choose:
+    """``exact``: where a wrong choice has no size."""
+
+    def choose(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+        bound = bound_of(node, stats, options)
+
+        def make() -> dict[str, Any]:
+            band = 0.0 if exact else budget(options).band(spread(stats, "in"))
+            bits = window_bits(2 * bound, band, options.frac)
+            return {
+                "method": "tournament", "bound": bound, "window": bits, "range": [*range_of(node, stats, options)],
+                "bits": cost.bits("select_negative", k=64, m=bits) * (2 if exact else 1),
+                "error": compare.band(2 * bound, options.frac, bits), "headroom": 62 - room(2 * bound, options.frac),
+            }  # fmt: skip
+
+        return chosen(make)
+
+    return choose
 
 
 def _pairs(value: Any, axes: int, default: int) -> tuple[int, ...]:
@@ -262,7 +295,7 @@ async def _max_pool(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kw
     y = await compare.max_pool(
         ctx.protocol, s.fork("pool"), x, kernel, _pairs(stride, 2, 1) if stride else kernel,
         _pairs(argument(args, kwargs, 3, "padding"), 2, 0), float(ctx.choice(node)["bound"]),
-        dilation=_pairs(argument(args, kwargs, 4, "dilation"), 2, 1),
+        dilation=_pairs(argument(args, kwargs, 4, "dilation"), 2, 1), bits=int(ctx.choice(node)["window"]),
     )  # fmt: skip
     return await like(ctx, s.fork("out"), y)
 
@@ -293,11 +326,11 @@ def _extreme(largest: bool, index: bool) -> Handler:
         others = [d for d in range(len(x.shape)) if d not in dims]
         rows = p.linear(lambda part: part.permute(*others, *dims).flatten(len(others)), x)
         find = compare.argmax if index else compare.maximum
-        y = await find(p, s.fork("find"), rows, -1, bound)
+        y = await find(p, s.fork("find"), rows, -1, bound, bits=int(ctx.choice(node)["window"]))
         y = y if largest or index else neg(p, y)
         return await like(ctx, s.fork("out"), p.linear(lambda part: part.reshape(node.shape), y))
 
-    return Handler(run, in_range, _choose_window)
+    return Handler(run, in_range, _window_choice(index))
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -314,7 +347,7 @@ ROWS: dict[str, Handler] = {
     "aten.scaled_dot_product_attention.default": Handler(
         _attention, _measure_attention, _choose_rows, _supports_attention
     ),
-    "aten.max_pool2d.default": Handler(_max_pool, in_range, _choose_window, _no_ceil),
+    "aten.max_pool2d.default": Handler(_max_pool, in_range, _window_choice(False), _no_ceil),
     "aten.amax.default": _extreme(True, False),
     "aten.amin.default": _extreme(False, False),
     "aten.max.default": _extreme(True, False),

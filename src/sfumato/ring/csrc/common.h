@@ -7,17 +7,26 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define BODY static inline __attribute__((always_inline))
 
-#if defined(__x86_64__) && defined(__GNUC__)
+/* -DSFUMATO_PLAIN: as on another processor. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(SFUMATO_PLAIN)
 #define X86 1
+#ifdef __clang__ /* it has another builtin for shuffles, which products need */
+#define PRODUCTS 0
+#define WIDE __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+#else
+#define PRODUCTS 1
 #define WIDE __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#endif
 #define MIDDLE __attribute__((target("avx2")))
 #else
 #define X86 0
+#define PRODUCTS 0
 #endif
 
 /* 0: whatever the compiler takes for granted; 1: AVX2; 2: AVX-512 F, DQ, BW and VL. */
@@ -43,9 +52,7 @@ void sf_limit(int level);
     EXPORT void sf_##name parameters { name##_body arguments; }
 #endif
 
-/* Bytes that stay with the thread from call to call, aligned to 64; NULL if there are none to be had. */
+/* Memory for a call, aligned to 64; NULL if there is none to be had. The caller frees it. */
 void *sf_scratch(size_t bytes);
-/* Gives them back if they are more than this. */
-void sf_keep(size_t bytes);
 
 #endif

@@ -16,7 +16,6 @@ typedef struct {
 #define TAPS_DEPTH 576
 #define U_BYTES ((long)4 << 20)
 #define FILTER_COST 200 /* in products per channel and output */
-#define HELD_BYTES ((size_t)64 << 20)
 #define V_BYTES ((size_t)32 << 20)
 static inline long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 /* The next piece of scratch memory; pieces begin at multiples of 64 bytes. */
@@ -62,8 +61,9 @@ WIDE static int FN(direct)(const Shape *s, const WORD *x, const WORD *w, WORD *o
     size_t weights = (size_t)(TALL * block) * sizeof(WORD);
     size_t copies = in_place ? 0 : (size_t)(channels * phases * tall * wide + COLUMNS) * sizeof(WORD);
     size_t results = exact ? 0 : (size_t)(outputs * c_row) * sizeof(WORD);
-    char *at = sf_scratch(weights + copies + results + (size_t)depth * sizeof(long) + 256);
-    if (!at) return 0;
+    char *scratch = sf_scratch(weights + copies + results + (size_t)depth * sizeof(long) + 256);
+    if (!scratch) return 0;
+    char *at = scratch;
     WORD *left = piece(&at, weights), *copy = piece(&at, copies), *spare = piece(&at, results);
     long *place = piece(&at, (size_t)depth * sizeof(long)), k = 0;
     for (long c = 0; c < channels; c++)
@@ -96,6 +96,7 @@ WIDE static int FN(direct)(const Shape *s, const WORD *x, const WORD *w, WORD *o
                     memcpy(target + i * pixels + y * s->out_width, spare + i * c_row + y * wide,
                            (size_t)s->out_width * sizeof(WORD));
         }
+    free(scratch);
     return 1;
 }
 
@@ -193,8 +194,9 @@ WIDE static int FN(threes)(const Shape *s, const WORD *x, const WORD *w, WORD *o
     size_t v_bytes = (size_t)(36 * v_each + COLUMNS) * sizeof(WORD), u_bytes = (size_t)(36 * u_each) * sizeof(WORD);
     size_t m_bytes = (size_t)(36 * m_each + LANES) * sizeof(WORD);
     size_t plane_bytes = (size_t)(9 * plane + 2 * LANES) * sizeof(WORD);
-    char *at = sf_scratch(v_bytes + u_bytes + m_bytes + plane_bytes + 256);
-    if (!at) return 0;
+    char *scratch = sf_scratch(v_bytes + u_bytes + m_bytes + plane_bytes + 256);
+    if (!scratch) return 0;
+    char *at = scratch;
     WORD *v = piece(&at, v_bytes), *u = piece(&at, u_bytes), *m = piece(&at, m_bytes), *planes = piece(&at, plane_bytes);
     for (long group = 0; group < s->groups; group++)
         for (long image = 0; image < s->images; image += together) {
@@ -225,6 +227,7 @@ WIDE static int FN(threes)(const Shape *s, const WORD *x, const WORD *w, WORD *o
                                       out + ((image + n) * s->outputs + group * outputs + first + i) * pixels);
             }
         }
+    free(scratch);
     return 1;
 }
 
@@ -238,7 +241,5 @@ EXPORT WIDE int FN(sf_conv)(const long *shape, const WORD *x, const WORD *w, WOR
     long threes = 36 * up(tiles, LANES) + FILTER_COST;
     int fits = s.tall == 3 && s.wide == 3 && s.stride_y == 1 && s.stride_x == 1 && s.dilation_y == 1 &&
                s.dilation_x == 1 && s.channels / s.groups >= 8 && s.outputs / s.groups >= 8;
-    int done = fits && threes < direct ? FN(threes)(&s, x, w, out) : FN(direct)(&s, x, w, out);
-    sf_keep(HELD_BYTES);
-    return done;
+    return fits && threes < direct ? FN(threes)(&s, x, w, out) : FN(direct)(&s, x, w, out);
 }

@@ -1,7 +1,7 @@
-/* Matrix products and convolutions mod 2^64 and 2^32 (AVX-512): the same text for both words. */
+/* Matrix products and convolutions mod 2^64 and 2^32 (AVX-512, gcc): the same text for both words. */
 #include "common.h"
 
-#if X86
+#if PRODUCTS
 #define WORD uint64_t
 #define LANES 8
 #define FN(name) name##_64
@@ -16,5 +16,4 @@
 #define FN(name) name##_32
 #include "gemm.h"
 #include "conv.h"
-
 #endif

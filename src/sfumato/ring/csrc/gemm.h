@@ -220,5 +220,6 @@ EXPORT WIDE int FN(sf_gemm)(long batch, long m, long n, long k, const WORD *a, l
     for (long i = 0; i < batch; i++, a += a_each, b += b_each, c += m * n)
         if (turned) FN(product)(n, m, k, b, b_step, b_row, a, a_step, a_row, c, 1, n, scratch);
         else FN(product)(m, n, k, a, a_row, a_step, b, b_row, b_step, c, n, 1, scratch);
+    free(scratch);
     return 1;
 }

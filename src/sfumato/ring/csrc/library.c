@@ -1,8 +1,6 @@
 /* The library about itself: the digest of the sources it was made from, the CPU's level, scratch memory. */
 #include "common.h"
 
-#include <stdlib.h>
-
 EXPORT const char *sf_digest(void) { return SFUMATO_DIGEST; }
 
 static int most = 2;
@@ -24,23 +22,7 @@ EXPORT int sf_level(void) {
 #endif
 }
 
-static __thread struct {
-    void *base;
-    size_t size;
-} held;
-
 void *sf_scratch(size_t bytes) {
-    if (bytes > held.size) {
-        free(held.base);
-        held.size = (bytes + 0xffff) & ~(size_t)0xffff;
-        if (posix_memalign(&held.base, 64, held.size)) held.base = NULL, held.size = 0;
-    }
-    return held.base;
-}
-
-void sf_keep(size_t bytes) {
-    if (held.size <= bytes) return;
-    free(held.base);
-    held.base = NULL;
-    held.size = 0;
+    void *base;
+    return posix_memalign(&base, 64, bytes) ? NULL : base;
 }

@@ -1,4 +1,4 @@
-/* Words to wire fields and bit planes, and back. Little-endian machines only; the loader checks. */
+/* Words to wire fields and bit planes, and back; reals to words. Little-endian machines only; the loader checks. */
 #include "common.h"
 
 #if X86
@@ -184,3 +184,25 @@ PLANES(planes_32, int32_t)
     VARIANTS(name, (const uint8_t *plane, long count, word *words), (plane, count, words))
 FROM_PLANE(from_plane_64, uint64_t)
 FROM_PLANE(from_plane_32, uint32_t)
+
+/* round(x * 2^frac), ties to even, as words; *bad when one is not below the limit in size. The product with a power of
+ * two is exact; added to 2^52 it loses its fraction, beyond that it has none. */
+#define ENCODE(name, real, word)                                                                                    \
+    BODY void name##_body(const real *x, long count, double factor, double limit, word *words, int *bad) {          \
+        const double whole = 4503599627370496.0;                                                                    \
+        int outside = 0;                                                                                            \
+        for (long i = 0; i < count; i++) {                                                                          \
+            double v = (double)x[i] * factor, size = __builtin_fabs(v), to = __builtin_copysign(whole, v);          \
+            double rounded = size < whole ? (v + to) - to : v;                                                      \
+            int fits = __builtin_fabs(rounded) < limit; /* not so for NaN */                                        \
+            outside |= !fits;                                                                                       \
+            words[i] = (word)(int64_t)(fits ? rounded : 0.0);                                                       \
+        }                                                                                                           \
+        *bad = outside;                                                                                             \
+    }                                                                                                               \
+    VARIANTS(name, (const real *x, long count, double factor, double limit, word *words, int *bad),                 \
+             (x, count, factor, limit, words, bad))
+ENCODE(encode_64_64, double, int64_t)
+ENCODE(encode_64_32, double, int32_t)
+ENCODE(encode_32_64, float, int64_t)
+ENCODE(encode_32_32, float, int32_t)

@@ -1,0 +1,1 @@
+"""The formulas, each written once over :class:`~sfumato.catalogue.machine.Machine`."""
