@@ -39,7 +39,7 @@ def calibration(run: list[float]) -> Calibration:
 
 
 @given(RUNS, st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_merging_is_exact_in_any_order_and_grouping(runs: list[list[float]], order: Random) -> None:
     parts = [calibration(run) for run in runs]
     whole = reduce(Calibration.merge, parts)
@@ -50,6 +50,13 @@ def test_merging_is_exact_in_any_order_and_grouping(runs: list[list[float]], ord
     values = torch.tensor([v for run in runs for v in run], dtype=torch.float64)
     assert whole.sketches["silu"]["in"].values == Histogram.of(values)
     assert Calibration.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+
+
+def test_histograms_are_as_fine_as_their_values() -> None:
+    """Equal or tiny values do not get the bins of large ones: small quantities would lose their margins."""
+    for x in (torch.tensor([0.01]), torch.tensor([0.0, 1e-6]), 1e-3 + 1e-6 * torch.rand(9)):
+        assert Histogram.of(x).width <= max(float(x.max() - x.min()) / 16, 2.0**-23 * float(x.max()))
+    assert Histogram.of(torch.zeros(3)).exponent == -60
 
 
 def test_histograms_are_small_whatever_is_counted() -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 
 # layer -> what it may import of ours, besides itself. `__init__` is the public face and may import all.
 BASE = {"types", "errors"}
-MACHINERY = BASE | {"ring", "link", "session", "protocol", "ops", "graph"}
+MACHINERY = BASE | {"ring", "link", "session", "protocol", "ops", "catalogue", "graph"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "session": BASE | {"ring", "link"},
     "protocol": BASE | {"ring", "link", "session"},
     "ops": BASE | {"ring", "link", "session", "protocol"},
-    "graph": BASE | {"ring", "link", "session", "protocol", "ops"},
+    "graph": BASE | {"ring", "link", "session", "protocol", "ops", "catalogue"},
     "runtime": MACHINERY,
     "api": MACHINERY | {"runtime"},
     "bench": MACHINERY | {"runtime"},

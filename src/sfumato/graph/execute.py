@@ -13,6 +13,7 @@ from sfumato.graph.certificate import Samples
 from sfumato.graph.handlers import HANDLERS, Context
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, map_refs
+from sfumato.graph.published import run_entry
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
@@ -70,4 +71,5 @@ async def _run(context: Context, node: Node, turn: int, value: Callable[[str], A
     args = map_refs(node.args, value)
     kwargs = {k: map_refs(v, value) for k, v in node.kwargs.items()}
     child = session.fork(node.name, turn=turn, row=True)
-    return await HANDLERS[node.target].run(context, child, node, args, kwargs)
+    run = run_entry if "entry" in context.choice(node) else HANDLERS[node.target].run
+    return await run(context, child, node, args, kwargs)

@@ -19,6 +19,7 @@ from sfumato.graph.handlers import HANDLERS, Options
 from sfumato.graph.order import Order, ordered
 from sfumato.graph.places import Place, Placed, place
 from sfumato.graph.program import Node, Program, digest_of
+from sfumato.graph.published import PAPERS, entry_choice, methods_of, note_of
 from sfumato.graph.summary import grouped, table_text
 from sfumato.graph.tails import FEW_RUNS
 from sfumato.graph.watches import SLACK, Watch, watch_calls
@@ -28,7 +29,7 @@ __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "loa
 
 FORMAT = 2
 #: Named error budgets; the numeric handlers read the name. Profiles of papers come later.
-PROFILES = ("precise", "fast")
+PROFILES = ("precise", "fast", *PAPERS)
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
 #: Probability, by the tail model, that a run of a plan leaves its calibration, and that one call does.
 _RISK, _RISK_OF_A_CALL = 1e-2, 1e-4
@@ -207,6 +208,7 @@ def make_plan(
     frac: int = 18,
     ring: str = "Z64",
     relocate: bool = True,
+    methods: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide what is secret, what runs where, and how.
 
@@ -216,6 +218,8 @@ def make_plan(
     look-ups: the rest of a text encoder, say, then runs under the protocol. ``calibration``: ``[(args,
     kwargs), ...]``, one entry for each independent run, or a list of calls where a run has several, such as the steps
     of a trajectory; a `Calibration`, or its JSON. Ranges follow from it by the tail model of docs/design/008.
+    ``profile``: an error budget, ``precise`` or ``fast``, or a paper of the catalogue, whose approximations then
+    replace ours. ``methods``: single entries of the catalogue by function, ``{"gelu": "puma.gelu"}``.
 
     Raises:
         JobError: an unknown option or argument name.
@@ -224,6 +228,7 @@ def make_plan(
     """
     if profile not in PROFILES:
         raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
+    published = methods_of(profile, methods or {})
     options = _options(secret, profile, frac, ring, calibration is None)
     placed = place(
         fuse(program),
@@ -239,12 +244,16 @@ def make_plan(
     choices, problems = {}, []
     for node in placed.program.nodes:
         choose = HANDLERS[node.target].choose if placed.places[node.name] is Place.SECRET else None
-        if choose is not None:
+        replaced = entry_choice(node, published) if choose is not None else None
+        if replaced is not None:
+            choices[node.name] = replaced
+        elif choose is not None:
             try:
                 choices[node.name] = choose(node, measured.of(node), options)
             except CaptureError as error:
                 problems.append(f"{node.target} at {node.module_path or 'the root'}: {error}")
     _refuse(program.title, problems)
+    notes += note_of(profile, published)
     notes += _headroom(placed, measured, options)
     if not any(w is Place.SECRET for w in placed.places.values()):
         notes.append(_NOTHING_LEFT)

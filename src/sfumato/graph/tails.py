@@ -46,9 +46,11 @@ class Histogram:
         """The histogram of finite values, at least one."""
         flat = values.reshape(-1).to(torch.float64)
         low, high = float(flat.min()), float(flat.max())
-        exponent = max(_LEAST, math.frexp(max(abs(low), abs(high)))[1] - _FINEST)
-        span = math.frexp(high - low)[1] - _BINS.bit_length()
-        exponent = max(exponent, span)
+        exponent, top = _LEAST, max(abs(low), abs(high))
+        if top > 0.0:
+            exponent = max(exponent, math.frexp(top)[1] - _FINEST)
+        if high > low:  # with narrower bins there would be 64 at least
+            exponent = max(exponent, math.frexp(high - low)[1] - _BINS.bit_length())
         while _bin(high, exponent) - _bin(low, exponent) >= _BINS:
             exponent += 1
         first = _bin(low, exponent)
