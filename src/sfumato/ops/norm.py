@@ -166,6 +166,12 @@ def _scale_fracs(plan: NormPlan, frac: int) -> tuple[int, int]:
     return scale, max(4, min(18, room - scale))
 
 
+def _worthwhile(plan: NormPlan) -> int:
+    """Fraction bits of the scale with which rounding the smallest one costs no more than the planned error."""
+    smallest = math.sqrt(plan.rest / plan.inverse.hi)
+    return 2 - math.frexp(plan.inverse.error)[1] - math.frexp(smallest)[1]
+
+
 async def _times(
     p: Protocol,
     s: Session,
@@ -320,14 +326,18 @@ async def _row_norm(
     if centre:
         rows = p.sub(rows, await _mean(p, s.fork("mean"), rows))
     weight = _as_column(p, gamma, (n,))
-    frac, gain = _scale_fracs(plan, x.frac)
+    # Where the ring has room, rows * gamma keep the fraction bits of both, and one truncation drops them all.
+    fine = x.frac + weight.frac if isinstance(weight, Shared) else x.frac
+    if fine > x.frac and _scale_fracs(plan, fine)[0] < min(_worthwhile(plan), _scale_fracs(plan, x.frac)[0]):
+        fine = x.frac
+    frac, gain = _scale_fracs(plan, fine)
 
     async def weighed(child: Session) -> Shared:
-        return await _times(p, child, rows, weight, None) if isinstance(weight, Shared) else rows
+        return await _times(p, child, rows, weight, None, out=fine) if isinstance(weight, Shared) else rows
 
     body, r = await s.gather(weighed, lambda child: _inverse_std(p, child, rows, plan, frac, look))
     extra = None if plus is None else p.linear(lambda part: part.reshape(rows.shape), plus)
     gains = weight if isinstance(weight, Tensor) else None
-    y = await _times(p, s.fork("out"), body, r, extra, gains=gains, gain=gain)
+    y = await _times(p, s.fork("out"), body, r, extra, gains=gains, gain=gain, out=x.frac)
     y = p.linear(lambda part: part.reshape(x.shape), y)
     return _shifted(p, s, y, None if beta is None else _as_column(p, beta, x.shape[len(lead) :]))

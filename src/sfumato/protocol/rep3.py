@@ -19,6 +19,7 @@ from sfumato.protocol.rep3_bits import bits_to_words, less_bits
 from sfumato.protocol.rep3_close import Additive, close, open_product, zero_share
 from sfumato.protocol.rep3_evaluate import evaluate, exponential
 from sfumato.protocol.rep3_sign import bit_words, select_by_bit, select_largest, share_plane, sign_shares
+from sfumato.ring.closing import shorten
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import Z32, Z64, Ring, Secret, Shared, TruncationError
 
@@ -188,7 +189,7 @@ class Rep3(Protocol):
         rounding = 3 << (drop - 1) if drop else 0
 
         def moved(part: Tensor, add: int) -> Tensor:
-            return s.local(x.shape, Z32.dtype, lambda: ((part + add if add else part) >> drop).to(Z32.dtype))
+            return s.local(x.shape, Z32.dtype, lambda: shorten(part, add, drop))
 
         parts = [moved(part, rounding if (s.party + i) % 3 == 0 else 0) for i, part in enumerate(x.parts)]
         return Shared(Secret(Z32, frac, x.shape), tuple(parts))

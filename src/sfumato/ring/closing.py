@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.ring import native
 
-__all__ = ["judge", "rounded_down", "rounded_up"]
+__all__ = ["judge", "rounded_down", "rounded_up", "shorten"]
 
 
 def judge(words: Tensor, k: int, bits: int) -> Tensor:
@@ -93,3 +93,11 @@ def _rounded_down(
     product = (other & rb).to(torch.int8) * (1 - (own << 1).to(torch.int8))
     wrap = _signs(own ^ other, dtype).mul_(dealt).add_(product)
     return (words >> bits).to(dtype) + (wrap << (k - bits))
+
+
+def shorten(words: Tensor, add: int, drop: int) -> Tensor:
+    """(words + add) >> drop of int64 words, of which the low 32 bits are kept; any shape, int32."""
+    if words.dim() > 1 and not words.is_contiguous() and words.mT.is_contiguous():
+        return shorten(words.mT, add, drop).mT  # in the order of memory
+    done = native.shorten(words, add, drop)
+    return ((words + add if add else words) >> drop).to(torch.int32) if done is None else done

@@ -35,6 +35,7 @@ __all__ = [
     "powers",
     "rounded_down",
     "rounded_up",
+    "shorten",
     "unpack",
     "weighted",
 ]
@@ -98,6 +99,7 @@ _SIGNATURES = {
     **{f"sf_dealt_{bits}": "plppplip" for bits in (64, 32)},
     **{f"sf_weighted_{bits}": "plppppl" + "ppip" for bits in (64, 32)},
     "sf_powers": "plipilpp",
+    "sf_shorten": "pllip",
     **{f"sf_chosen_{bits}": "pliippp" for bits in (64, 32)},
 }
 
@@ -378,4 +380,15 @@ def chosen(words: Tensor, block: int, spare: int, factor: Tensor, table: Tensor)
     getattr(library, f"sf_chosen_{_WORDS[table.dtype]}")(
         words.data_ptr(), words.numel(), block, spare, factor.data_ptr(), table.data_ptr(), out.data_ptr()
     )
+    return out
+
+
+def shorten(words: Tensor, add: int, drop: int) -> Tensor | None:
+    """As :func:`sfumato.ring.closing.shorten`."""
+    library = _library(words)
+    if library is None or words.dtype != torch.int64:
+        return None
+    words = words.contiguous()
+    out = torch.empty(words.shape, dtype=torch.int32)
+    library.sf_shorten(words.data_ptr(), words.numel(), add, drop, out.data_ptr())
     return out

@@ -48,3 +48,10 @@ ROUNDED_DOWN(rounded_down_64_64, int64_t, uint64_t)
 ROUNDED_DOWN(rounded_down_32_64, int32_t, uint64_t)
 ROUNDED_DOWN(rounded_down_64_32, int64_t, uint32_t)
 ROUNDED_DOWN(rounded_down_32_32, int32_t, uint32_t)
+
+/* (word + add) >> drop, of which 32 bits are kept: a component of a value shortened to Z32. */
+BODY void shorten_body(const int64_t *words, long count, int64_t add, int drop, int32_t *out) {
+    for (long i = 0; i < count; i++) out[i] = (int32_t)((words[i] + add) >> drop);
+}
+VARIANTS(shorten, (const int64_t *words, long count, int64_t add, int drop, int32_t *out),
+         (words, count, add, drop, out))
