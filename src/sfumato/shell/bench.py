@@ -65,10 +65,11 @@ def run_bench(bench: Bench, console: Console) -> list[dict[str, Any]]:
                 with open(bench.json, "a", encoding="utf-8") as file:
                     file.write(json.dumps({**record, "rates": rates.to_json()}) + "\n")
             progress.advance(task)
-    console.print(_table("cases", pages.own_header(), [pages.own_row(own) for own in new]))
+    narrow = console.width < _WIDE
+    console.print(_table("cases", pages.own_header(), [pages.own_row(own) for own in new], narrow))
     if peers:
         rows = [pages.comparison_row(own, peers) for own in new]
-        console.print(_table("beside the peers", pages.comparison_header(), rows))
+        console.print(_table("beside the peers", pages.comparison_header(), rows, narrow))
     if bench.out is not None:
         text = pages.page(latest([*kept, *new]), machine(), rates.to_json(), peers)
         bench.out.write_text(text, encoding="utf-8")
@@ -78,10 +79,18 @@ def run_bench(bench: Bench, console: Console) -> list[dict[str, Any]]:
     return new
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+#: A terminal of this width shows every column; a narrower one those that people compare by.
+_WIDE = 170
+_ASIDE = ("weights", "wall", "floor", "certificate", ": CPU s", "rel error", "steps", "MB", "CPU bound")
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], narrow: bool) -> Table:
+    beside = any("/ ours" in name for name in header)
+    aside = _ASIDE if beside else _ASIDE[:4]
+    shown = [i for i, name in enumerate(header) if not (narrow and any(word in name for word in aside))]
+    table = Table(title=title + (": CPU, bytes, steps" if beside and narrow else ""), title_justify="left")
+    for i in shown:
+        table.add_column(header[i], justify="left" if i < 2 else "right", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     return table
