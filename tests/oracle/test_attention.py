@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sfumato.errors import RangeError, TypeMismatch
+from sfumato.ops import attention as attention_module
 from sfumato.ops.attention import SoftmaxPlan, attention, plan_softmax, softmax, split_mask
+from sfumato.ops.tiles import DEFAULT_TILES
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
 
@@ -128,3 +131,27 @@ def test_refusals(run, normal) -> None:
     nothing = torch.zeros(2, 5, dtype=torch.bool)
     with pytest.raises(RangeError, match="masked entirely"):
         run(Rep3(), lambda p, s, v: softmax(p, s, v, -1, plan, allowed=nothing), x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_go_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, run, causal: bool) -> None:
+    """Blocks bound what is in memory at a time; the result is the same function of the same rows."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 24, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    scores = q @ k.mT / 8**0.5
+    low, high = float(scores.min()) - 0.5, float(scores.max()) + 0.5
+    plan = plan_softmax(24, low, high, -2.0, high, reach=8.0)
+    seen: list[tuple[int, ...]] = []
+    whole = attention_module._attend
+
+    async def counted(p, s, part, *rest):
+        seen.append(tuple(part.shape))
+        return await whole(p, s, part, *rest)
+
+    monkeypatch.setattr(attention_module, "_attend", counted)
+    monkeypatch.setattr(attention_module, "DEFAULT_TILES", replace(DEFAULT_TILES, scores=2 * 24 * 5))
+    found = run(Plain(), lambda p, s, *x: attention(p, s, *x, plan, causal=causal), q, k, v).value
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert {shape[1] for shape in seen} <= {4, 5}
+    assert len(seen) == 5
+    assert float((found - exact).abs().max()) < 2e-3
