@@ -147,3 +147,10 @@ def test_help_does_not_load_torch() -> None:
     program = "import sys; from sfumato.shell import cli; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+def test_an_estimate_shows_its_plan_and_published_prices() -> None:
+    result = run("estimate", "embedded", "--steps", "2", "--profile", "fast", "--plan")
+    assert result.exit_code == 0, result.output
+    for word in ("sent by P0", "headroom", "bits/element", "sines", "at SPU's prices"):
+        assert word in result.output

@@ -200,28 +200,40 @@ def estimate(
     public_component: PublicComponent = None,
     profile: Profile = "precise",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+    show_plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Print each plan as well: method, error, headroom and bits of every layer."
+        ),
+    ] = False,
 ) -> None:
     """What a run will cost, exactly, before it runs: rounds and bytes.
 
-    Example: `sfumato estimate embedded --steps 10`
+    Example: `sfumato estimate embedded --steps 10 --plan`
     """
     from sfumato.diffusion.pipeline import SecurePipeline
+    from sfumato.graph.prices import priced
     from sfumato.shell.report import cost_table
 
     pipe = SecurePipeline.from_pretrained(
         model, secret=secret, public_components=public_component or (), profile=profile
     )
-    report = pipe.estimate(
-        num_inference_steps=steps,
-        guidance_scale=_guidance(model, guidance),
-        height=height,
-        width=width,
-        num_images_per_prompt=images,
-    )
+    arguments: dict[str, Any] = {
+        "num_inference_steps": steps, "guidance_scale": _guidance(model, guidance), "height": height, "width": width,
+        "num_images_per_prompt": images,
+    }  # fmt: skip
+    report = pipe.estimate(**arguments)
     if as_json:
         print(report.to_json())
-    else:
-        Console().print(cost_table(report, f"{steps} steps of {model}"))
+        return
+    Console().print(cost_table(report, f"{steps} steps of {model}"))
+    for name, plan in pipe.plans(**arguments).items() if show_plan else ():
+        prices = priced(plan)
+        print(f"\n{name}\n{plan.table()}")
+        print(
+            f"one run of the same operations: {prices.budget_bytes / 1e6:,.1f} MB by the budget of docs/design/003, "
+            f"{prices.spu_bytes / 1e6:,.1f} MB at SPU's prices"
+        )
 
 
 @app.command()
