@@ -29,6 +29,7 @@ from watch import Watch
 
 import sfumato as sf
 from sfumato.diffusion.denoiser import Denoiser
+from sfumato.graph.memory import peak_memory
 from sfumato.graph.plan import Plan, client_side
 from sfumato.graph.prices import priced
 from sfumato.runtime.backend import Backend, open_backend
@@ -185,7 +186,7 @@ def _estimated(plan: Plan, args: Any, kwargs: Mapping[str, Any]) -> dict[str, An
         "sends_per_party": list(report.sends),
         "client_bytes": report.client_bytes,
         "setup_bytes": report.setup_bytes,
-        "peak_memory": list(report.peak_memory),
+        "memory": peak_memory(plan),
         "budget_bytes": priced(plan).budget_bytes,
         "spu_bytes": priced(plan).spu_bytes,
         "largest_paths": grouped,
@@ -269,7 +270,7 @@ def _row(v: Mapping[str, Any]) -> list[str]:
     ]
     cost = [common.size(sent), f"{sent / estimate['budget_bytes']:.2f}", f"{estimate['rounds']:,}"]
     if "wall_s" not in v:
-        return [*start, "estimate", "", *cost, "", "", ""]
+        return [*start, "estimate", "", *cost, "", f"about {common.size(estimate['memory'])}", ""]
     return [
         *start, f"{v['wall_s']:.0f} ({v['foreign_cpu']:.0%})", ", ".join(f"{c:.0f}" for c in v["cpu_s_per_party"]),
         *cost, common.size(v["peak_pss"]), common.size(max(v["peak_private_memory"], default=0)),
