@@ -233,7 +233,7 @@ def estimate(
         print(f"\n{name}\n{plan.table()}")
         print(
             f"one run of the same operations: {prices.budget_bytes / 1e6:,.1f} MB by the budget of docs/design/003, "
-            f"{prices.spu_bytes / 1e6:,.1f} MB at SPU's prices; about {peak_memory(plan) / 1e6:,.0f} MB of memory a party"
+            f"{prices.spu_bytes / 1e6:,.1f} MB at SPU's prices; about {peak_memory(plan) / 1e6:,.0f} MB of memory each"
         )
 
 
