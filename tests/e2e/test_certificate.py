@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sfumato as sf
+from sfumato.errors import JobError
 from sfumato.graph.certificate import watched
 
 
@@ -101,7 +102,7 @@ def test_samples_of_values_that_nobody_can_reveal_are_forgotten() -> None:
         assert isinstance(backend, Lockstep)
 
         def waiting() -> list[str]:
-            return [name for name in backend._machines[0]._handles if name.endswith(":samples")]
+            return list(backend._machines[0]._samples)
 
         first = deployment(inputs(1.0), reveal=False)
         second = deployment(first, reveal=False)
@@ -111,6 +112,29 @@ def test_samples_of_values_that_nobody_can_reveal_are_forgotten() -> None:
         assert waiting() == []
         deployment(inputs(1.0))
         assert waiting() == []
+
+
+def test_samples_are_no_handles_and_each_plan_judges_its_own() -> None:
+    """No command opens or repeats what waits for a certificate, and a plan of the same name comes after it."""
+    from sfumato.runtime.backend import Lockstep
+    from sfumato.runtime.commands import Certify
+
+    with sf.deploy(chain(), backend="simulate") as deployment:
+        backend = deployment._backend
+        assert isinstance(backend, Lockstep)
+        name = next(iter(backend._plans))
+        first = deployment(inputs(1.0), reveal=False)
+        (samples,) = backend._machines[0]._samples
+        for machine in backend._machines:
+            assert samples not in machine._handles
+        with pytest.raises(JobError, match=samples):
+            backend.reveal(samples)
+        for runs in (((name, (samples, samples)),), ((name, ("nothing",)),), ()):
+            with pytest.raises(JobError, match="certificate needs samples"):
+                backend._command(Certify(f"odd{len(str(runs))}", runs))
+        backend.load(name, chain())
+        assert not backend._machines[0]._samples  # judged by the plan that they were taken under
+        deployment(first)
 
 
 def test_many_calls_are_judged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def note_of(profile: str, methods: Mapping[str, str]) -> list[str]:
 def entry_choice(node: Node, methods: Mapping[str, str]) -> dict[str, Any] | None:
     """The choice of a call that a published method replaces; None if none does."""
     name = methods.get(_FUNCTIONS.get(node.target, ""))
+    if argument(node.args, node.kwargs, 7, "enable_gqa", False) and "attention" in node.target:
+        return None  # grouped heads are ours alone
     return None if name is None else {"method": name, "entry": name}
 
 

@@ -89,7 +89,13 @@ class Backend(ABC):
     # ---- the calls ----------------------------------------------------------------------------------------------
 
     def load(self, name: str, plan: Plan) -> None:
-        """Give the parties a plan and its weights: public words to all, or shares of secret ones."""
+        """Give the parties a plan and its weights: public words to all, or shares of secret ones.
+
+        Runs of another plan of this name are judged by that one first.
+        """
+        before = self._lineage.waiting().get(name)
+        if before:
+            self._judge({name: before})
         self._plans[name] = plan
         values = load_side(plan)
         public = {n: t.contiguous() for n, t in values.publics.items()}
@@ -131,13 +137,13 @@ class Backend(ABC):
         Raises:
             RangeError: an input descends from a run that is known to have left its ranges.
         """
-        self._refuse(inputs.values())
-        held = self._secret_weights.get(name, {})
+        given = {**self._secret_weights.get(name, {}), **inputs}
+        self._refuse(given.values())
         samples = _samples_of(path) if self._certify and watched(self._plans[name]) else None
-        command = Call(name, path, {**held, **inputs}, dict(publics), tuple(outputs), samples)
+        command = Call(name, path, given, dict(publics), tuple(outputs), samples)
         self.last_call = self._call(command)
         run = {"run": path, "plan": name} if samples else {}
-        self._release(self._lineage.derive(outputs, inputs.values(), **run))
+        self._release(self._lineage.derive(outputs, given.values(), **run))
         waiting = self._lineage.waiting()
         if sum(sample_count(self._plans[plan]) * len(runs) for plan, runs in waiting.items()) > _MOST_SAMPLES:
             self._judge(waiting)
@@ -331,9 +337,9 @@ class _Repeat(NamedTuple):
     values: list[list[Shared]]
 
     @staticmethod
-    def of(machines: Sequence[PartyMachine], path: str, kept: Sequence[str]) -> _Repeat:
-        """Read it off machines that have just run the call ``path`` from unit clocks."""
-        prefix = f"/{path}"
+    def of(machines: Sequence[PartyMachine], command: Call) -> _Repeat:
+        """Read it off machines that have just run the call from unit clocks."""
+        prefix = f"/{command.path}"
         rows = [
             {
                 p[len(prefix) :]: row
@@ -350,15 +356,15 @@ class _Repeat(NamedTuple):
             [clock if isinstance(clock, tuple) else (clock,) for clock in lengths],
             rows,
             departures,
-            [machine.known(kept) for machine in machines],
+            [machine.known(command) for machine in machines],
         )
 
-    def book(self, machines: Sequence[PartyMachine], path: str, kept: Sequence[str]) -> None:
+    def book(self, machines: Sequence[PartyMachine], command: Call) -> None:
         """The same call under another path: rows and result types."""
         for machine, rows, values in zip(machines, self.rows, self.values, strict=True):
             for suffix, row in rows.items():
-                machine.ledger.rows[f"/{path}{suffix}"] = replace(row)
-            machine.remember(kept, values)
+                machine.ledger.rows[f"/{command.path}{suffix}"] = replace(row)
+            machine.remember(command, values)
 
     def advance(self, machines: Sequence[PartyMachine], starts: Sequence[int]) -> None:
         """Move the parties' clocks on from where they start, and count what leaves on the way by true rounds."""
@@ -421,16 +427,15 @@ class Lockstep(Backend):
             return super()._call(command)
         machines = self._machines
         starts = [clock for machine in machines if isinstance(clock := machine.clock, int)]
-        kept = [*command.outputs, *([command.samples] if command.samples else [])]
         repeat = self._repeats.get(command.name)
         if repeat is None:
             for i, machine in enumerate(machines):
                 machine.clock = tuple(0 if j == i else _NEVER for j in range(len(starts)))
             super()._call(command)
-            repeat = self._repeats[command.name] = _Repeat.of(machines, command.path, kept)
+            repeat = self._repeats[command.name] = _Repeat.of(machines, command)
         else:
             self._client_bytes += self._parties * _bytes(list(command.publics.values()))
-            repeat.book(machines, command.path, kept)
+            repeat.book(machines, command)
         repeat.advance(machines, starts)
         return ()
 

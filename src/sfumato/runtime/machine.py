@@ -78,6 +78,8 @@ class PartyMachine:
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
         self._handles: dict[str, Shared] = {}
+        # What runs left for their certificates, with the plan that judges it; no command opens or replaces it.
+        self._samples: dict[str, tuple[Plan, Shared]] = {}
         self._reveals = 0
         self._plans: dict[str, tuple[Plan, Mapping[str, Tensor]]] = {}
 
@@ -122,8 +124,9 @@ class PartyMachine:
                 session = self._root.fork(f"reveal{self._reveals}")
                 reply = ({"ring": str(x.ring), "frac": x.frac}, [self.protocol.summand(session, x)])
             case Drop():
-                self._get(command.handle)  # names what is missing
-                del self._handles[command.handle]
+                if self._samples.pop(command.handle, None) is None:
+                    self._get(command.handle)  # names what is missing
+                    del self._handles[command.handle]
             case Stats():
                 reply = (self._stats(), [])
             case _:
@@ -139,17 +142,21 @@ class PartyMachine:
     def clock(self, now: Clock) -> None:
         self._root.clock = now
 
-    def known(self, handles: Sequence[str]) -> list[Shared]:
-        """The values of these handles."""
-        return [self._get(handle) for handle in handles]
+    def known(self, command: Call) -> list[Shared]:
+        """What a call made: its outputs, then its samples if it left any."""
+        left = [self._samples[command.samples][1]] if command.samples is not None else []
+        return [*(self._get(handle) for handle in command.outputs), *left]
 
-    def remember(self, handles: Sequence[str], values: Sequence[Shared]) -> None:
-        """Give values their handles without a command: for runs on shapes."""
-        self._handles.update(zip(handles, values, strict=True))
+    def remember(self, command: Call, values: Sequence[Shared]) -> None:
+        """Keep what :meth:`known` gave of another call as if this one had run: for runs on shapes."""
+        self._handles.update(zip(command.outputs, values, strict=False))
+        if command.samples is not None:
+            self._samples[command.samples] = (self._plans[command.name][0], values[-1])
 
     def close(self) -> None:
         """Forget every share and plan."""
         self._handles.clear()
+        self._samples.clear()
         self._plans.clear()
 
     # ---- what they do -------------------------------------------------------------------------------------------
@@ -212,24 +219,27 @@ class PartyMachine:
             raise JobError(
                 f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named"
             )
-        self._handles.update(zip(command.outputs, outputs, strict=True))
         if samples is not None and command.samples is not None:
-            self._handles[command.samples] = samples.taken()
+            if command.samples in self._samples:
+                raise JobError(f"the run {command.path!r} has left samples before")
+            self._samples[command.samples] = (plan, samples.taken())
+        self._handles.update(zip(command.outputs, outputs, strict=True))
 
     async def _certify(self, command: Certify) -> tuple[dict[str, Any], list[Tensor]]:
         """The client's summand of the violations of these runs; their samples are forgotten."""
         runs = []
+        every = [handle for _, handles in command.runs for handle in handles]
+        if not every or len(set(every)) != len(every) or any(handle not in self._samples for handle in every):
+            raise JobError("a certificate needs samples of at least one run, each once, that wait here")
         for name, handles in command.runs:
-            if name not in self._plans or not handles:
-                raise JobError(f"there are no runs of a plan {name!r} here to certify")
-            runs.append((self._plans[name][0], [self._get(handle) for handle in handles]))
-        if not runs:
-            raise JobError("a certificate needs the samples of at least one run")
+            known = [self._samples[handle] for handle in handles]
+            if name not in self._plans or any(plan is not self._plans[name][0] for plan, _ in known):
+                raise JobError(f"these runs are not of the plan {name!r} that is loaded here")
+            runs.append((self._plans[name][0], [taken for _, taken in known]))
         session = self._root.fork(command.path).fork("certificate", row=True)
         found = await violations(self.protocol, session, runs)
-        for _, handles in command.runs:
-            for handle in handles:
-                del self._handles[handle]
+        for handle in every:
+            del self._samples[handle]
         summand = self.protocol.summand(session.fork("reveal"), found)
         return {"ring": str(found.ring), "frac": found.frac}, [summand]
 
