@@ -195,10 +195,9 @@ def test_stalled_party_ends_the_run_in_bounded_time(fresh: LocalCluster) -> None
     with fresh.session() as session:
         put(session)
         begun = time.monotonic()
-        # On a machine with more work than cores the parties may miss the client's next command first.
-        with pytest.raises(LinkError, match=r"party \d.*sent nothing for .*(step/0|the next command)"):
+        with pytest.raises(LinkError, match=r"party \d.*sent nothing for .*step/0"):
             session.send(call("stop/2"))
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 10
 
 
 def test_a_party_that_does_not_start_shows_its_last_words() -> None:

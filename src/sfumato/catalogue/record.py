@@ -217,24 +217,21 @@ def _embedded(steps: int, most: int | None) -> tuple[Watch, int]:
 def _bert() -> Watch:
     from transformers import BertConfig, BertModel
 
-    torch.manual_seed(_SEED)
-    model = BertModel(BertConfig(num_hidden_layers=2)).eval()
-    with watched([model]) as watch, torch.no_grad():
-        for seed in range(4):
-            ids = torch.randint(0, 30_000, (1, 128), generator=torch.Generator().manual_seed(seed))
-            model(ids)
-    return watch
+    return _on_random_tokens(lambda: BertModel(BertConfig(num_hidden_layers=2)), 30_000)
 
 
 def _gpt2() -> Watch:
     from transformers import GPT2Config, GPT2Model
 
+    return _on_random_tokens(lambda: GPT2Model(GPT2Config(n_layer=2)), 50_000)
+
+
+def _on_random_tokens(make: Callable[[], torch.nn.Module], vocabulary: int) -> Watch:
     torch.manual_seed(_SEED)
-    model = GPT2Model(GPT2Config(n_layer=2)).eval()
+    model = make().eval()
     with watched([model]) as watch, torch.no_grad():
         for seed in range(4):
-            ids = torch.randint(0, 50_000, (1, 128), generator=torch.Generator().manual_seed(seed))
-            model(ids)
+            model(torch.randint(0, vocabulary, (1, 128), generator=torch.Generator().manual_seed(seed)))
     return watch
 
 

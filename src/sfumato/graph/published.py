@@ -20,7 +20,7 @@ from sfumato.graph.handlers import Context
 from sfumato.graph.handlers.nonlinear_ranges import argument, in_z64, like
 from sfumato.graph.program import Node
 from sfumato.ops import basic
-from sfumato.ops.attention import split_mask
+from sfumato.ops.attention import split_mask, turned
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
@@ -113,10 +113,7 @@ async def _attention(
     k, v = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in (1, 2)]
     scale = argument(args, kwargs, 6, "scale")
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    turned = (
-        p.linear(lambda part: part.transpose(-1, -2), k) if isinstance(k, Shared) else k.transpose(-1, -2)
-    )
-    scores = await basic.matmul(p, s.fork("scores"), q, turned, factor=factor)
+    scores = await basic.matmul(p, s.fork("scores"), q, turned(p, k), factor=factor)
     allowed, bias = None, None
     mask = argument(args, kwargs, 3, "attn_mask")
     if isinstance(mask, Tensor):

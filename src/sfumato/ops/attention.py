@@ -34,7 +34,7 @@ from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["MASKED_BELOW", "SoftmaxPlan", "attention", "plan_softmax", "softmax", "split_mask"]
+__all__ = ["MASKED_BELOW", "SoftmaxPlan", "attention", "plan_softmax", "softmax", "split_mask", "turned"]
 
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
@@ -292,7 +292,7 @@ async def attention(
 
         part = narrow(p, q, len(q.shape) - 2, low, high) if isinstance(q, Shared) else q[..., low:high, :]
         masks = cut(bias), cut(allowed)
-        return await _attend(p, child, part, _turned(p, k), v, plan, factor, *masks, frac, look)
+        return await _attend(p, child, part, turned(p, k), v, plan, factor, *masks, frac, look)
 
     bounds = pieces(shape[-2], DEFAULT_TILES.scores // max(1, math.prod(shape) // max(1, shape[-2])))
     if len(bounds) == 1:
@@ -330,7 +330,8 @@ async def _narrowed(p: Protocol, s: Session, x: Shared | Tensor) -> Shared | Ten
     return await with_frac(p, s, x, min(x.frac, _SCORE_FRAC)) if isinstance(x, Shared) else x
 
 
-def _turned(p: Protocol, k: Shared | Tensor) -> Shared | Tensor:
+def turned(p: Protocol, k: Shared | Tensor) -> Shared | Tensor:
+    """The last two axes exchanged. Local."""
     return p.linear(lambda part: part.transpose(-1, -2), k) if isinstance(k, Shared) else k.transpose(-1, -2)
 
 
