@@ -9,7 +9,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 export PYTHON TORCH_INDEX V
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types setup setup-dev clean distclean
+.PHONY: help demo test lint format types docs setup setup-dev clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,8 +38,12 @@ format: setup-dev ## let ruff rewrite what it can
 types: setup-dev ## mypy, strict
 	@$(BIN)/mypy
 
+docs: ## build the documentation site into site/; any warning is an error
+	@sh scripts/setup.sh docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## remove caches and build output
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis sfumato-demo
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis sfumato-demo
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

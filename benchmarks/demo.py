@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import sfumato as sf
-from sfumato.runtime.backend import open_backend
+from sfumato.runtime.remote import open_backend
 from sfumato.zoo import RECOMMENDED_GUIDANCE
 
 RECORD, PAGE = common.RESULTS / "demo.json", common.RESULTS / "demo.md"

@@ -32,7 +32,8 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.graph.memory import peak_memory
 from sfumato.graph.plan import Plan, client_side
 from sfumato.graph.prices import priced
-from sfumato.runtime.backend import Backend, open_backend
+from sfumato.runtime.backend import Backend
+from sfumato.runtime.remote import open_backend
 
 RECORD, PAGE = common.RESULTS / "sd15.json", common.RESULTS / "sd15.md"
 TIMESTEP = 500.0

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes .venv ready: `sh scripts/setup.sh demo` (what a user needs) or `sh scripts/setup.sh test` (with the dev extras).
+# Makes .venv ready: `sh scripts/setup.sh demo` (what a user needs), `test` (with the dev extras) or `docs` (with those and
+# the documentation's).
 #
 #   PYTHON=python3.12    the interpreter to use (default: the first of python3.11 .. python3.14, python3 that is new enough)
 #   TORCH_INDEX=URL      package index for the torch step alone, e.g. one with CPU-only or other CUDA builds
@@ -10,7 +11,12 @@
 set -eu
 
 mode=${1:-demo}
-case $mode in demo | test) ;; *) echo "setup: say 'demo' or 'test', not '$mode'." >&2; exit 2 ;; esac
+case $mode in
+  demo) enough='demo test docs' ;;
+  test) enough='test docs' ;;
+  docs) enough=docs ;;
+  *) echo "setup: say 'demo', 'test' or 'docs', not '$mode'." >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 venv=.venv
 min_free_mb=4096
@@ -65,7 +71,11 @@ fi
 # A tree that moved has a stale .venv: its scripts name the old folder.
 here=$(pwd -P)
 package_want="$digest $here"
-ready() { stamped "$torch_stamp" "$torch_want" && { stamped "$package_stamp" "$package_want test" || stamped "$package_stamp" "$package_want $mode"; }; }
+ready() {
+  stamped "$torch_stamp" "$torch_want" || return 1
+  for finished in $enough; do if stamped "$package_stamp" "$package_want $finished"; then return 0; fi; done
+  return 1
+}
 if ready; then exit 0; fi
 
 # ---- room and tools -------------------------------------------------------------------------------------------------
@@ -150,6 +160,7 @@ fi
 case $mode in
   demo) extras= note="about 90 MB to download" ;;
   test) extras='[dev]' note="about 130 MB to download, 40 MB when the demo is installed" ;;
+  docs) extras='[dev,docs]' note="about 15 MB more than for the tests" ;;
 esac
 say "installing sfumato and what it needs ($note)"
 rm -f "$package_stamp"

@@ -24,10 +24,12 @@ NO_DATA = "data folder not found"
 NO_CUDA = "no CUDA device"
 WRONG_PLATFORM = "not on this platform"
 NO_KERNELS = "no native kernels"
+NO_BROWSER = "no browser"
+NO_PEFT = "no peft"
 
 # A skip whose reason starts with none of these is a failure: a test that silently stopped running is worse
 # than a red one.
-EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM, NO_KERNELS)
+EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM, NO_KERNELS, NO_BROWSER, NO_PEFT)
 
 
 @pytest.fixture(scope="session")

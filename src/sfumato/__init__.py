@@ -16,7 +16,8 @@ from sfumato.errors import (
 )
 
 if TYPE_CHECKING:
-    from sfumato.api import Deployment, Handle, Result, deploy, estimate, run
+    from sfumato.api import Deployment, Handle, Result, deploy, estimate, run, share
+    from sfumato.diffusion.image import SecureImg2ImgPipeline, SecureInpaintPipeline
     from sfumato.diffusion.pipeline import SecurePipeline
     from sfumato.graph.capture import capture
     from sfumato.graph.plan import Plan, make_plan
@@ -32,6 +33,8 @@ _LAZY = {
     "Handle": "sfumato.api",
     "Plan": "sfumato.graph.plan",
     "Result": "sfumato.api",
+    "SecureImg2ImgPipeline": "sfumato.diffusion.image",
+    "SecureInpaintPipeline": "sfumato.diffusion.image",
     "SecurePipeline": "sfumato.diffusion.pipeline",
     "capture": "sfumato.graph.capture",
     "deploy": "sfumato.api",
@@ -39,6 +42,7 @@ _LAZY = {
     "estimate": "sfumato.api",
     "make_plan": "sfumato.graph.plan",
     "run": "sfumato.api",
+    "share": "sfumato.api",
 }
 
 __all__ = [
@@ -53,6 +57,8 @@ __all__ = [
     "ProtocolError",
     "RangeError",
     "Result",
+    "SecureImg2ImgPipeline",
+    "SecureInpaintPipeline",
     "SecurePipeline",
     "SfumatoError",
     "TypeMismatch",
@@ -62,6 +68,7 @@ __all__ = [
     "estimate",
     "make_plan",
     "run",
+    "share",
 ]
 
 

@@ -1,9 +1,9 @@
-"""The calls of a user: capture, make_plan, estimate, run, deploy."""
+"""The calls of a user: capture, make_plan, estimate, run, deploy, share."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,14 @@ from torch.utils._pytree import tree_map
 from sfumato.errors import JobError, RangeError
 from sfumato.graph.places import Place
 from sfumato.graph.plan import ClientValues, Plan, client_side
-from sfumato.runtime.backend import Backend, open_backend
+from sfumato.runtime.backend import Backend
+from sfumato.runtime.cluster import Cluster
+from sfumato.runtime.names import shared_name
+from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport
+from sfumato.runtime.sharing import ModelToShare, share_model
 
-__all__ = ["Deployment", "Handle", "Result", "deploy", "estimate", "run"]
+__all__ = ["Deployment", "Handle", "Result", "deploy", "estimate", "run", "share"]
 
 _PLAN = "model"
 
@@ -45,14 +49,20 @@ class Handle:
 
 
 class Deployment:
-    """A plan whose weights the parties hold: loaded once, called many times. Close it (or use ``with``)."""
+    """A plan whose weights the parties hold: loaded once, called many times. Close it (or use ``with``).
 
-    def __init__(self, plan: Plan, backend: Backend) -> None:
+    ``load(name)`` has the parties load it; by default the weights come from the plan.
+    """
+
+    def __init__(self, plan: Plan, backend: Backend, load: Callable[[str], None] | None = None) -> None:
         self.plan = plan
         self._backend = backend
         self._calls = 0
         self._id = secrets.token_hex(8)
-        backend.load(_PLAN, plan)
+        if load is None:
+            backend.load(_PLAN, plan)
+        else:
+            load(_PLAN)
         backend.start_clock()
 
     def __call__(self, *args: Any, reveal: bool = True, **kwargs: Any) -> Any:
@@ -154,7 +164,7 @@ def _stand_in(value: Any) -> Any:
 
 
 def deploy(
-    plan: Plan,
+    plan: Plan | str,
     cluster: str | Path | None = None,
     *,
     backend: str = "local",
@@ -165,14 +175,21 @@ def deploy(
 ) -> Deployment:
     """Load a plan and its weights at the parties, for many calls.
 
+    ``plan``: your own, or ``"cluster:NAME"`` for one whose owner shared it with the cluster: the parties have its
+    weights, and this client never sees them. What its outputs are made of may stay closed by the owner's policy.
+
     ``cluster``: path of a cluster file (with the client's keys beside it, or in ``keys``); else ``backend``:
     ``"local"`` starts three processes over mTLS, ``"simulate"`` one thread, ``"plain"`` no secrecy.
 
     ``certificate``: check a few elements of every layer against the calibrated range, for the client alone.
 
     Raises:
+        JobError: there is no such shared model for this client, or it is a pipeline.
         LinkError: the parties cannot be reached.
     """
+    shared = shared_name(plan) if isinstance(plan, str) else None
+    if isinstance(plan, str) and (shared is None or cluster is None):
+        raise JobError("give a plan of make_plan, or 'cluster:NAME' and the file of that cluster")
     opened = open_backend(
         backend,
         protocol=protocol,
@@ -181,10 +198,57 @@ def deploy(
         options={"fused": fused, "certificate": certificate},
     )
     try:
-        return Deployment(plan, opened)
+        if isinstance(plan, Plan):
+            return Deployment(plan, opened)
+        return _shared(opened, str(shared))
     except BaseException:
         opened.close()
         raise
+
+
+def _shared(backend: Backend, model: str) -> Deployment:
+    """A deployment of what an owner has shared."""
+    description = backend.describe(model)
+    digest = next((offer["parts"][_PLAN] for offer in description.offers if _PLAN in offer["parts"]), None)
+    if digest is None:
+        raise JobError(
+            f"cluster:{model} is a pipeline; use SecurePipeline.from_pretrained('cluster:{model}')"
+        )
+    plan = description.plans[digest]
+    return Deployment(plan, backend, lambda name: backend.load_shared(name, description, digest))
+
+
+def share(
+    plan: Plan,
+    name: str,
+    cluster: str | Path,
+    *,
+    keys: str | Path | None = None,
+    clients: Sequence[str] | None = None,
+    replace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Give the parties of a cluster a plan and its weights to keep; clients then use it as ``"cluster:NAME"``.
+
+    Clients learn the plan and what of its weights is public; they may have its outputs opened to them, and nothing
+    that is computed on the way. A pipeline is shared by ``sfumato model share``.
+
+    ``cluster``: its file, beside the owner's keys (or these in ``keys``). ``clients``: names of those who may use
+    it; None for all of the cluster. ``replace``: an own model of this name. ``progress(done, all)``: bytes.
+
+    Returns:
+        The share's id, common to the three parties.
+
+    Raises:
+        JobError: not an owner's certificate, a name that is taken, or parties that refuse.
+        LinkError: a party cannot be reached, or is lost; then no party keeps anything.
+    """
+    path, digest = Path(cluster), plan.digest()
+    offer = {"settings": {"title": plan.program.title}, "parts": {_PLAN: digest}, "reveal": [_PLAN]}
+    model = ModelToShare(
+        name=name, plans={digest: plan}, offers=[offer], files={}, clients=clients, replace=replace
+    )
+    return share_model(Cluster.load(path), Path(keys or path.parent), model, progress=progress)
 
 
 def run(

@@ -3,7 +3,9 @@ certificates."""
 
 from __future__ import annotations
 
+import datetime
 import os
+import shutil
 import socket
 import threading
 import time
@@ -13,20 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Link, PeerAbort, tag_of
 from sfumato.link.frames import DTYPE_CODES, HEADER_BYTES, Kind, pack_header
-from sfumato.link.identity import Credentials, answer, client_identity, dial, listen, party_identity, welcome
+from sfumato.link.identity import (
+    Credentials,
+    answer,
+    client_identity,
+    dial,
+    listen,
+    party_identity,
+    welcome,
+)
 from sfumato.link.memory import memory_links
+from sfumato.link.preamble import PREAMBLE_BYTES, PROTOCOL_VERSION, Preamble, preamble, read_preamble
 from sfumato.link.tls import LinkLimits, TlsLink
-from sfumato.runtime.cluster import init_cluster
+from sfumato.runtime.authority import Authority, init_cluster
 
 pytestmark = pytest.mark.timeout(20)
 BYTES, WORDS = DTYPE_CODES["uint8"], DTYPE_CODES["int64"]
 A, B = tag_of("a"), tag_of("b")
 LIMITS = LinkLimits(max_frame_bytes=1 << 26, stall_s=5.0, abort_s=1.0)
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+RUN = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +57,7 @@ def meet(caller: Path, callee: Path, host: str, identity: str, timeout_s: float 
 
     def serve() -> Any:
         raw, _ = listener.accept()
+        assert read_preamble(raw, timeout_s) == Preamble(PROTOCOL_VERSION, RUN)
         sock, _, _ = answer(raw, Credentials.in_folder(callee).context(server=True), timeout_s)
         welcome(sock, {}, timeout_s)
         return sock
@@ -55,7 +69,8 @@ def meet(caller: Path, callee: Path, host: str, identity: str, timeout_s: float 
             context,
             name="party 1",
             identity=identity,
-            hello={"run": "x"},
+            hello={"run": RUN},
+            run=RUN,
             timeout_s=timeout_s,
         )[0]
 
@@ -372,6 +387,51 @@ def test_caller_of_another_authority_is_refused(clusters: list[Path]) -> None:
     both_fail(clusters, other / "party0", ours / "party1", "does not vouch for", "refused our certificate")
 
 
+def reissued(folder: Path, shelf: str, into: Path, start_days: float, end_days: float) -> Path:
+    """A copy of a folder whose certificate is valid from and until so many days from now."""
+    shutil.copytree(folder / shelf, into)
+    now = datetime.datetime.now(datetime.UTC)
+    span = (now + datetime.timedelta(days=start_days), now + datetime.timedelta(days=end_days))
+    index = int(shelf[-1])
+    made = Authority.load(folder / "authority").issue(party_identity(index), shelf, HOSTS[index], valid=span)
+    (into / "certificate.pem").write_bytes(made[0].public_bytes(serialization.Encoding.PEM))
+    key = made[1].private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (into / "key.pem").write_bytes(key)
+    return into
+
+
+@pytest.mark.parametrize(
+    ("days", "why", "alert"),
+    [
+        ((-9, -1), "certificate has expired", "certificate expired"),
+        ((1, 9), "certificate is not yet valid", "bad certificate"),
+    ],
+)
+def test_certificates_out_of_their_time(
+    clusters: list[Path], tmp_path: Path, days: tuple[int, int], why: str, alert: str
+) -> None:
+    ours = clusters[0]
+    caller = reissued(ours, "party0", tmp_path / "caller", *days)
+    both_fail(
+        clusters,
+        caller,
+        ours / "party1",
+        f"refused our certificate ({alert}",
+        f"vouch for ({why}",
+    )
+    callee = reissued(ours, "party1", tmp_path / "callee", *days)
+    both_fail(clusters, ours / "party0", callee, f"vouch for ({why}", "refused our certificate")
+
+
+def test_a_swapped_key_does_not_load(clusters: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(clusters[0] / "party0", tmp_path / "mixed")
+    shutil.copy(clusters[0] / "party1" / "key.pem", tmp_path / "mixed" / "key.pem")
+    with pytest.raises(LinkError, match=r"the certificate files in .* do not load \(key values mismatch\)"):
+        Credentials.in_folder(tmp_path / "mixed").context(server=True)
+
+
 def test_right_authority_wrong_index(clusters: list[Path]) -> None:
     ours = clusters[0]
     text = "shows a certificate for sfumato://party/2, expected sfumato://party/1"
@@ -401,6 +461,7 @@ def test_wrong_fingerprint(clusters: list[Path]) -> None:
 
     def serve() -> None:
         raw, _ = listener.accept()
+        read_preamble(raw, 5.0)
         answer(raw, Credentials.in_folder(folder / "party1").context(server=True), 5.0)
 
     with listener, ThreadPoolExecutor(2) as pool:
@@ -424,3 +485,30 @@ def test_nobody_listens(clusters: list[Path]) -> None:
     context = Credentials.in_folder(clusters[0] / "party0").context(server=False)
     with pytest.raises(LinkError, match=r"party 1 \(127.0.0.1:\d+\) refuses connections"):
         dial(address, context, name="party 1", identity=client_identity("x"), hello={}, timeout_s=0.3)
+
+
+def test_a_preamble_is_read_back_and_anything_else_refused() -> None:
+    assert Preamble.parse(preamble()) == Preamble(PROTOCOL_VERSION, None)
+    assert Preamble.parse(preamble(RUN)) == Preamble(PROTOCOL_VERSION, RUN)
+    assert Preamble.parse(b"sfumato\x07" + bytes(16)) == Preamble(7, None)
+    for wrong in (
+        b"",
+        preamble()[:-1],
+        preamble() + b"x",
+        b"GET / HTTP/1.1\r\nHost: x\r\n",
+        bytes(PREAMBLE_BYTES),
+    ):
+        with pytest.raises(LinkError, match="did not begin with sfumato's preamble"):
+            Preamble.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [(b"sfumato", "sent no preamble within 0.3 s"), (b"\x16\x03\x01" * 8, "did not begin with")],
+)
+def test_a_preamble_that_does_not_come_is_bounded(data: bytes, match: str) -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as caller:
+        raw, _ = listener.accept()
+        caller.sendall(data)
+        with pytest.raises(LinkError, match=match):
+            read_preamble(raw, 0.3)

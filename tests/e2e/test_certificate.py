@@ -95,7 +95,7 @@ def test_a_violation_early_in_a_chain_is_named_at_the_end() -> None:
 
 
 def test_samples_of_values_that_nobody_can_reveal_are_forgotten() -> None:
-    from sfumato.runtime.backend import Lockstep
+    from sfumato.runtime.lockstep import Lockstep
 
     with sf.deploy(chain(), backend="simulate") as deployment:
         backend = deployment._backend
@@ -116,8 +116,8 @@ def test_samples_of_values_that_nobody_can_reveal_are_forgotten() -> None:
 
 def test_samples_are_no_handles_and_each_plan_judges_its_own() -> None:
     """No command opens or repeats what waits for a certificate, and a plan of the same name comes after it."""
-    from sfumato.runtime.backend import Lockstep
     from sfumato.runtime.commands import Certify
+    from sfumato.runtime.lockstep import Lockstep
 
     with sf.deploy(chain(), backend="simulate") as deployment:
         backend = deployment._backend
@@ -157,7 +157,7 @@ def test_many_calls_are_judged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_results_do_not_depend_on_thread_count() -> None:
-    from sfumato.runtime.backend import Lockstep
+    from sfumato.runtime.lockstep import Lockstep
 
     plan = sf.make_plan(sf.capture(model(), (inputs(1.0),)))
     before = torch.get_num_threads()

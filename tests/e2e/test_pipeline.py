@@ -193,8 +193,20 @@ def test_interrupt_ends_early(pipe: SecurePipeline) -> None:
     assert bool(output.images.isfinite().all())
 
 
-def test_clipping_schedulers_are_refused_with_advice(folder: Path) -> None:
+def test_a_scheduler_that_clips(folder: Path) -> None:
     pipe = opened(folder)
+    free = pipe.plain(**arguments(), generator=seeded()).images
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True)
-    with pytest.raises(JobError, match="clip_sample=False"):
+    output = pipe(**arguments(), generator=seeded())
+    expected = pipe.plain(**arguments(), generator=seeded()).images
+    assert off(output.images, expected) < 5 * CLOSE
+    assert off(free, expected) > 0.1, "the clamp bites"
+    assert pipe.estimate(**arguments()).same_cost(output.report)
+    assert {"unet", "clip"} == set(pipe.plans(**arguments()))
+
+
+def test_thresholding_is_refused_with_advice(folder: Path) -> None:
+    pipe = opened(folder)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=True)
+    with pytest.raises(JobError, match="thresholding=False"):
         pipe(**arguments())

@@ -14,6 +14,8 @@ from sfumato.link.base import Frame, Link, tag_of
 from sfumato.runtime.commands import Call, Command, Put, Reveal
 from sfumato.runtime.wire import tensor_bytes
 
+MACHINE = "fake_machine:make"
+
 
 class FakeMachine:
     def __init__(self, party: int, link: Link, keys: dict[int, bytes], options: dict[str, Any]) -> None:

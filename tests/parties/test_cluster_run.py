@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import sfumato as sf
-from sfumato.runtime.cluster import Limits, init_cluster
+from sfumato.runtime.authority import init_cluster
+from sfumato.runtime.cluster import Limits
 
 pytestmark = pytest.mark.processes
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import sfumato as sf
-from sfumato.runtime.backend import Remote, Term, open_backend
+from sfumato.runtime.backend import Term
+from sfumato.runtime.remote import Remote, open_backend
 
 pytestmark = pytest.mark.processes
 

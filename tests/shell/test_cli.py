@@ -91,7 +91,7 @@ def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sfumato.runtime.cluster.init_cluster", interrupted)
+    monkeypatch.setattr("sfumato.runtime.authority.init_cluster", interrupted)
     result = run("cluster", "init", "anywhere")
     assert result.exit_code == 130
     assert errors(result) == ["sfumato: interrupted"]
@@ -106,7 +106,9 @@ def test_cluster_init_makes_folders_and_never_overwrites(tmp_path: Path) -> None
         "party1",
         "party2",
         "alice",
+        "authority",
         "bob",
+        "owner",
         "cluster.toml",
     }
     key = folder / "party1" / "key.pem"

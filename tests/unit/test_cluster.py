@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from sfumato.errors import JobError
-from sfumato.runtime.cluster import Cluster, Limits, init_cluster
+from sfumato.runtime.authority import add_member, certificate_days, init_cluster, party_index, renew_cluster
+from sfumato.runtime.cluster import Cluster, Limits
 
 GOOD = """
 format = 1
@@ -88,16 +90,26 @@ def test_init_gives_each_operator_only_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "cluster"
     cluster = init_cluster(folder, hosts=("10.0.0.1", "b.example", "::1"), clients=("alice", "bob"))
     shelves = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    assert shelves == ["alice", "bob", "party0", "party1", "party2"]
+    assert shelves == ["alice", "authority", "bob", "owner", "party0", "party1", "party2"]
     keys = set()
     for shelf in shelves:
         files = {p.name: p for p in (folder / shelf).iterdir()}
-        assert sorted(files) == ["authority.pem", "certificate.pem", "cluster.toml", "key.pem"]
+        if shelf == "authority":
+            assert sorted(files) == ["authority.key", "authority.pem"]
+            assert stat.S_IMODE(files["authority.key"].stat().st_mode) == 0o600
+            assert stat.S_IMODE((folder / shelf).stat().st_mode) == 0o700
+            continue
+        own = ["storage.key"] if shelf.startswith("party") else []
+        assert sorted(files) == ["authority.pem", "certificate.pem", "cluster.toml", "key.pem", *own]
+        for name in own:
+            assert len(files[name].read_bytes()) == 32
+            assert stat.S_IMODE(files[name].stat().st_mode) == 0o600
+            keys.add(files[name].read_bytes())
         assert stat.S_IMODE(files["key.pem"].stat().st_mode) == 0o600
         assert stat.S_IMODE((folder / shelf).stat().st_mode) == 0o700
         keys.add(files["key.pem"].read_bytes())
         assert Cluster.load(folder / shelf) == cluster
-    assert len(keys) == 5
+    assert len(keys) == 6 + 3
     certificate = x509.load_pem_x509_certificate((folder / "party1" / "certificate.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["sfumato://party/1"]
@@ -123,12 +135,86 @@ def test_init_refuses_to_overwrite(tmp_path: Path) -> None:
         {"clients": ("a", "a")},
         {"clients": ("../x",)},
         {"clients": ("party0",)},
+        {"clients": ("Authority",)},
+        {"clients": ("a",), "owners": ("A",)},
+        {"owners": ("a b",)},
     ],
 )
 def test_init_refuses_before_writing(tmp_path: Path, wrong: dict[str, tuple[str, ...]]) -> None:
     with pytest.raises(JobError):
         init_cluster(tmp_path / "c", **wrong)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def identity(folder: Path) -> tuple[str, bytes]:
+    """(the identity in a folder's certificate, the certificate)."""
+    certificate = x509.load_pem_x509_certificate((folder / "certificate.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.UniformResourceIdentifier)[0], certificate.fingerprint(
+        hashes.SHA256()
+    )
+
+
+def test_renewal_keeps_who_is_who_and_what_is_stored(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    before = init_cluster(folder, clients=("alice",), owners=("olga",))
+    (folder / "party1" / "party.toml").write_text("# mine\n")
+    names = ["party0", "party1", "party2", "alice", "olga"]
+    old = {name: identity(folder / name) for name in names}
+    stored = (folder / "party1" / "storage.key").read_bytes()
+    keys = {name: (folder / name / "key.pem").read_bytes() for name in names}
+    shutil.rmtree(folder / "party2")  # its operator has it
+
+    after = renew_cluster(folder)
+
+    assert [m.host for m in after.parties] == [m.host for m in before.parties]
+    for index, name in enumerate(names):
+        who, certificate = identity(folder / name)
+        assert who == old[name][0]
+        assert certificate != old[name][1]
+        assert (folder / name / "key.pem").read_bytes() != keys[name]
+        assert stat.S_IMODE((folder / name / "key.pem").stat().st_mode) == 0o600
+        assert Cluster.load(folder / name) == after
+        if index < 3:
+            assert after.parties[index].fingerprint == f"sha256:{certificate.hex()}"
+            assert party_index(folder / name) == index
+    assert (folder / "party1" / "storage.key").read_bytes() == stored
+    assert (folder / "party1" / "party.toml").read_text() == "# mine\n"
+    assert not (folder / "party2" / "storage.key").exists()  # a new one would not open what is stored
+    assert 364 < certificate_days(folder / "alice") <= 365
+
+
+def test_members_are_added_under_the_same_authority(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    cluster = init_cluster(folder)
+    for given, who in (
+        ({"client": "zoe"}, "sfumato://client/zoe"),
+        ({"owner": "max"}, "sfumato://owner/max"),
+    ):
+        made = add_member(folder, **given)
+        assert identity(made)[0] == who
+        assert Cluster.load(made) == cluster
+        assert (made / "authority.pem").read_bytes() == (folder / "authority" / "authority.pem").read_bytes()
+    for wrong in ({"client": "zoe"}, {"owner": "zoe"}, {"client": "party1"}, {"client": "../x"}, {}):
+        with pytest.raises(JobError):
+            add_member(folder, **wrong)
+    (folder / "authority" / "authority.key").unlink()
+    for act in (renew_cluster, lambda f: add_member(f, client="ann")):
+        with pytest.raises(JobError, match="there is no authority in"):
+            act(folder)
+
+
+def test_a_partys_folder_is_known_by_its_certificate(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    init_cluster(folder)
+    assert [party_index(folder / f"party{i}") for i in range(3)] == [0, 1, 2]
+    with pytest.raises(JobError, match="is that of no party"):
+        party_index(folder / "client")
+    old = (folder / "party1" / "certificate.pem").read_bytes()
+    renew_cluster(folder)
+    (folder / "party1" / "certificate.pem").write_bytes(old)
+    with pytest.raises(JobError, match="is not the one in its cluster file"):
+        party_index(folder / "party1")
 
 
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:

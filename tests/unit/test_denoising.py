@@ -55,7 +55,8 @@ def pipe() -> Any:
 class Floats:
     """Handles that hold floats."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, limits: tuple[float, float] | None) -> None:
+        self.limits = limits
         self.denoiser, self.values = denoiser, dict[str, Tensor]()
         self.names: list[str] = []
         self.most = 0
@@ -71,6 +72,9 @@ class Floats:
         publics: Mapping[str, Tensor],
         outputs: Sequence[str],
     ) -> None:
+        if name == "clip":
+            assert self.limits is not None
+            return self._keep(outputs[0], self.values[inputs["value"]].clamp(*self.limits))
         sample = self.values[inputs["sample"]].to(torch.float32)
         with torch.no_grad():
             self._keep(outputs[0], self.denoiser(sample, **publics).to(torch.float64))
@@ -103,7 +107,7 @@ def in_float(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drawn(pipe: Any, observe: Any = None, **arguments: Any) -> tuple[Tensor, Floats]:
     prepared: Prepared = prepare(pipe, Request.of(arguments))
-    session = Floats(Denoiser(pipe.unet, guided=prepared.guided).eval())
+    session = Floats(Denoiser(pipe.unet, guided=prepared.guided).eval(), prepared.schedule.clip)
     guidance = prepared.request.guidance_scale if prepared.guided else None
     denoising = Denoising(
         session,  # type: ignore[arg-type]
@@ -137,6 +141,12 @@ def seeded(seed: int = 0) -> torch.Generator:
         ("UniPCMultistepScheduler", {"prediction_type": "v_prediction"}, 0.0),
         ("DEISMultistepScheduler", {}, 0.0),
         ("LCMScheduler", {}, 0.0),
+        ("DDIMScheduler", {"clip_sample": True, "prediction_type": "v_prediction"}, 0.5),
+        ("DDIMScheduler", {"prediction_type": "sample", "timestep_spacing": "trailing"}, 0.0),
+        ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, 0.0),
+        ("DDPMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 0.0),
+        ("HeunDiscreteScheduler", {"clip_sample": True}, 0.0),
+        ("SASolverScheduler", {}, 0.0),
     ],
 )
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -200,19 +210,19 @@ def test_the_observer_may_look_and_change(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"guidance_rescale": 0.7}, "guidance_rescale"),
+        ({"guidance_rescale": "much"}, "guidance_rescale"),
         ({"ip_adapter_image": object()}, "ip_adapter_image"),
-        ({"cross_attention_kwargs": {"scale": 1}}, "cross_attention_kwargs"),
+        ({"cross_attention_kwargs": {"gain": 1}}, "cross_attention_kwargs"),
         ({"strength": 0.5}, "no argument 'strength'"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"prompt": []}, "at least one"),
         ({"prompt": 5}, "prompt"),
-        ({"height": 33}, "divisible"),
+        ({"height": 33, "width": 33}, "divisible"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"num_images_per_prompt": 0}, "at least 1"),
-        ({"latents": torch.zeros(1, 4, 9, 9)}, "shape"),
+        ({"latents": torch.zeros(1, 3, 9, 9)}, "shape"),
         ({"generator": [torch.Generator()] * 3}, "3 generators"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "'latents' alone"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "a callback can ask for"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
     ],
 )

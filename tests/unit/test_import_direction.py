@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "dp": BASE | {"zoo"},
     "diffusion": MACHINERY | {"runtime", "zoo"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
-    "shell": MACHINERY | {"runtime", "api", "bench", "zoo", "dp", "diffusion", "catalogue"},
+    "ui": MACHINERY | {"runtime", "zoo", "diffusion"},
+    "shell": MACHINERY | {"runtime", "api", "bench", "zoo", "dp", "diffusion", "catalogue", "ui"},
 }
 
 
@@ -63,6 +64,7 @@ RULES = (
         only=("diffusion/*", "zoo/*", "catalogue/record.py"),
     ),
     Rule(("typer", "rich", "click"), "only shell/ talks to a terminal", only=("shell/*",)),
+    Rule(("gradio", "fastapi", "uvicorn"), "only ui/ makes pages", only=("ui/*",)),
     Rule(
         ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"),
         "bytes of others are never unpickled",
@@ -220,6 +222,8 @@ def test_the_table_has_no_cycle() -> None:
         ("runtime/a.py", "import diffusers.models", "model libraries"),
         ("shell/a.py", "from transformers import AutoModel", "model libraries"),
         ("graph/a.py", "from rich.table import Table", "terminal"),
+        ("shell/a.py", "import gradio as gr", "makes pages"),
+        ("ui/a.py", "from sfumato.shell import cli", "ui may not import shell"),
         ("shell/a.py", "import pickle", "never unpickled"),
         ("link/a.py", "import torch as t\nt.load('x')", "torch.load"),
         ("ring/a.py", "import torch\ntorch.randn(3)", "keyed streams"),

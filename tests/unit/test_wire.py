@@ -19,6 +19,7 @@ from sfumato.runtime.commands import (
     Call,
     Close,
     Command,
+    Describe,
     Drop,
     Load,
     Put,
@@ -166,6 +167,8 @@ COMMANDS: list[Command] = [
         "unet", {"nodes": [1, 2.5, "x"]}, WeightsSpec("public", (WeightSpec("a.weight", "Z64", 18, (2, 3)),))
     ),
     Load("unet", {}, WeightsSpec("stored")),
+    Load("unet", {"model": "house", "share": "ab", "plan": "cd"}, WeightsSpec("model")),
+    Describe("house"),
     Put("x", "Z64", 18, (1, 4, 8, 8)),
     Call("unet", "step/3", {"sample": "x"}, {"b": torch.ones(2), "a": torch.tensor(3)}, ("y", "z")),
     Affine("x", (Term("y", -5, 0, 1), Term("z", 2**63)), 18, "step/3/ddim", torch.arange(4)),
@@ -207,6 +210,32 @@ def test_attached_weights_are_part_of_the_digest_and_files_go_by_name() -> None:
     a, b = [torch.tensor([1])], [torch.tensor([2])]
     assert digest(public, a) != digest(public, b)
     assert digest(stored, a) == digest(stored, b)
+
+
+def test_the_share_of_a_model_is_part_of_the_digest() -> None:
+    named = {"model": "house", "share": "ab", "plan": "cd"}
+    ours = digest(Load("n", named, WeightsSpec("model")))
+    for field in named:
+        assert digest(Load("n", {**named, field: "other"}, WeightsSpec("model"))) != ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": {}},
+        {"plan": {"model": "house", "share": "ab"}},
+        {"plan": {"model": "house", "share": "ab", "plan": "cd", "weights_file": "x"}},
+        {"plan": {"model": "house", "share": None, "plan": "cd"}},
+        {"weights": {"form": "model", "items": [["w", "Z64", 18, [2]]]}},
+        {"weights": {"form": "models", "items": []}},
+    ],
+)
+def test_a_shared_model_is_loaded_by_name_alone(changes: dict[str, Any]) -> None:
+    header, values = to_message(
+        Load("n", {"model": "house", "share": "ab", "plan": "cd"}, WeightsSpec("model"))
+    )
+    with pytest.raises(JobError):
+        from_message({**header, **changes}, values)
 
 
 @pytest.mark.parametrize("handle", ["", "../x y", "a" * 300, "é", "-x", "a\n"])

@@ -20,7 +20,8 @@ from sfumato.bench.machine import Foreign, cores
 from sfumato.errors import SfumatoError
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import Plan, client_side, make_plan
-from sfumato.runtime.backend import Backend, open_backend
+from sfumato.runtime.backend import Backend
+from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport
 
 __all__ = ["Settings", "bound", "error_against", "measure"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.picture import Picture, blank_like, drawn_like
+from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.request import Prepared
-from sfumato.diffusion.schedule import Schedule, probe_schedule
+from sfumato.diffusion.schedule import KINDS
 from sfumato.errors import CaptureError
 from sfumato.graph.calibrate import Calibration
 
@@ -48,41 +50,47 @@ _BUDGET_S = 60.0
 _RUNS = 24
 _SAMPLES = 240
 _SHORTEST = 4
-_FORMAT = 3
+_FORMAT = 4
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
 
 class Trajectories(NamedTuple):
-    """``samples``: arguments of the denoiser, a list for each trajectory, which counts as one run; ``finals``: the
-    latents at the end of each."""
+    """``samples``: arguments of the denoiser, a list for each trajectory, which counts as one run; ``clips`` and
+    ``blends``: those of a scheduler's clamp and of the blend with a picture; ``finals``: the latents at the end of
+    each."""
 
     samples: list[list[Sample]]
+    clips: list[list[Sample]]
+    blends: list[list[Sample]]
     finals: list[Tensor]
 
 
 def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> Trajectories:
     """Arguments of the denoiser along plain trajectories: all timesteps, eight prompts, several noises.
 
-    Slow models get fewer prompts, then shorter trajectories. The caller's own prompt is not used: ranges
+    Slow models get fewer prompts, then shorter trajectories. The caller's own prompt and picture are not used: ranges
     are public.
     """
     one_s = _seconds(denoiser, prepared)
     longest = max(_SHORTEST, int(_BUDGET_S / (3 * one_s)))
     if len(prepared.schedule.steps) > longest:
-        prepared = replace(prepared, schedule=probe_schedule(pipe.scheduler, longest))
+        prepared = replace(prepared, schedule=prepared.request.probed(pipe.scheduler, longest))
     steps, batch = len(prepared.schedule.steps), prepared.batch
     # Each trajectory costs its calls, then about twice that again to measure what was recorded.
     wanted = max(-(-len(PROMPTS) // batch), _RUNS)
-    runs = max(1, min(wanted, int(_BUDGET_S / (3 * steps * one_s))))
+    whole = None if prepared.picture is None else _from_noise(pipe, prepared)
+    calls = 3 * steps + (0 if whole is None else len(whole.schedule.steps) / 2)
+    runs = max(1, min(wanted, int(_BUDGET_S / (calls * one_s))))
     kept = max(2, min(steps, _SAMPLES // runs))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
-    found = Trajectories([], [])
+    found = Trajectories([], [], [], [])
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
-            start = _sample(pipe, prepared, run)
-            found.samples.append([])
-            for k, sample in enumerate(_trajectory(denoiser, prepared, start, found.finals)):
+            picture = whole and _picture(pipe, denoiser, whole, run)
+            for kind in found[:3]:
+                kind.append([])
+            for k, sample in enumerate(_trajectory(pipe, denoiser, prepared, picture, run, found)):
                 if k in recorded:
                     found.samples[-1].append(sample)
                 bar.update()
@@ -106,45 +114,67 @@ def _seconds(denoiser: Denoiser, prepared: Prepared) -> float:
     return max(0.02, products / 40e9)
 
 
-def _sample(pipe: Any, prepared: Prepared, run: int) -> Sample:
-    """The first step's arguments for the ``run``-th group of prompts, with noise of its own."""
-    batch = prepared.batch
-    prompts = [PROMPTS[(run * batch + i) % len(PROMPTS)] for i in range(batch)]
-    embeds, negative = pipe.encode_prompt(prompts, torch.device("cpu"), 1, prepared.guided)
-    text = torch.cat([negative, embeds]) if prepared.guided else embeds
-    source = torch.Generator().manual_seed(7_000 + run)
-    schedule = prepared.schedule.in_input_scale()
-    latents = torch.randn(prepared.latents.shape, generator=source) * schedule.init_sigma
-    return (latents,), call_kwargs(schedule.timesteps[0], text.detach(), prepared.condition)
+def _from_noise(pipe: Any, prepared: Prepared) -> Prepared:
+    """The same for a run of as many steps that starts at noise."""
+    steps = max(_SHORTEST, len(prepared.schedule.steps))
+    return replace(prepared, schedule=probe_schedule(pipe.scheduler, steps, eta=prepared.request.eta))
+
+
+def _picture(pipe: Any, denoiser: Denoiser, whole: Prepared, run: int) -> Picture:
+    """The picture that a run starts from: every other one is the model's own, of another prompt."""
+    assert whole.picture is not None
+    vae, factor, own = pipe.vae, pipe.vae_scale_factor, None
+    if run % 2 == 0:
+        drawn = Trajectories([[]], [[]], [[]], [])
+        for _ in _trajectory(pipe, denoiser, whole, blank_like(whole.picture, vae, factor), run + 3, drawn):
+            pass
+        own = drawn.finals[0]
+    return drawn_like(whole.picture, vae, run, factor, own)
 
 
 def _trajectory(
-    denoiser: Denoiser, prepared: Prepared, start: Sample, finals: list[Tensor]
+    pipe: Any, denoiser: Denoiser, prepared: Prepared, picture: Picture | None, run: int, found: Trajectories
 ) -> Iterator[Sample]:
-    """The float trajectory of one start, step by step, in the scale that the model sees; its end goes to
-    ``finals``."""
-    schedule: Schedule = prepared.schedule.in_input_scale()
-    guidance, (latents,) = prepared.request.guidance_scale, start[0]
-    source = torch.Generator().manual_seed(1)
-    samples, outputs = [latents], []
+    """The float trajectory of the ``run``-th group of prompts, with noise of its own, step by step, in the scale that
+    the model sees; what happens between the steps, and its end, go to ``found``."""
+    schedule, guidance = prepared.schedule.in_input_scale(), prepared.guidance
+    text, source = _text(pipe, prepared, run), torch.Generator().manual_seed(7_000 + run)
+    first = torch.randn(prepared.latents.shape, generator=source) * schedule.init_sigma
+    if picture is not None and not picture.pure:
+        first = picture.noised(schedule, 0)
+    held: dict[str, dict[int, Tensor]] = {kind: {} for kind in KINDS}
+    held["samples"][0] = held["returned"][0] = first
     for k, step in enumerate(schedule.steps):
-        kwargs = {
-            **start[1],
-            **call_kwargs(schedule.timesteps[k], start[1]["encoder_hidden_states"], prepared.condition),
-        }
-        yield (samples[k],), kwargs
+        extra = None if picture is None else picture.extra
+        kwargs = call_kwargs(schedule.timesteps[k], text, prepared.condition, extra)
+        yield (held["samples"][k],), kwargs
         with torch.no_grad():
-            output = denoiser(samples[k], **kwargs)
-        if prepared.guided:
+            output = denoiser(held["samples"][k], **kwargs)
+        if guidance is not None:
             without, towards = output.chunk(2)
             output = without + guidance * (towards - without)
-        outputs.append(output)
-        following = sum((c * samples[k - age] for age, c in step.samples.items()), torch.zeros_like(latents))
-        following = sum((c * outputs[k - age] for age, c in step.outputs.items()), following)
-        if step.noise:
-            following = following + step.noise * torch.randn(latents.shape, generator=source)
-        samples.append(following)
-    finals.append(samples[-1])
+        held["outputs"][k] = output
+        if step.clip is not None:
+            value = step.clip.value.of(held, k)
+            found.clips[-1].append(((value,), {}))
+            held["clipped"][k] = value.clamp(step.clip.low, step.clip.high)
+        following = step.result.of(held, k)
+        if step.result.noise:
+            following = following + step.result.noise * torch.randn(first.shape, generator=source)
+        held["returned"][k + 1] = following
+        if picture is not None and picture.mask is not None:
+            found.blends[-1].append(((following, picture.mask), {}))
+            following = picture.mask * following + (1 - picture.mask) * picture.noised(schedule, k + 1)
+        held["samples"][k + 1] = following
+    found.finals.append(held["samples"][len(schedule.steps)])
+
+
+def _text(pipe: Any, prepared: Prepared, run: int) -> Tensor:
+    """Embeddings of the ``run``-th group of built-in prompts."""
+    prompts = [PROMPTS[(run * prepared.batch + i) % len(PROMPTS)] for i in range(prepared.batch)]
+    embeds, negative = pipe.encode_prompt(prompts, torch.device("cpu"), 1, prepared.guided)
+    text: Tensor = torch.cat([negative, embeds]) if prepared.guided else embeds
+    return text.detach()
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------
@@ -171,16 +201,16 @@ def _of_text(prepared: Prepared) -> dict[str, Any]:
 
 
 def _of_denoising(prepared: Prepared) -> dict[str, Any]:
-    schedule = prepared.schedule
+    schedule, picture = prepared.schedule, prepared.picture
     return {
         "shape": list(prepared.latents.shape),
         "guidance": prepared.request.guidance_scale
         if prepared.guided or prepared.condition is not None
         else None,
-        "steps": [
-            [s.timestep, s.input_scale, *s.samples.items(), *s.outputs.items(), s.noise]
-            for s in schedule.steps
-        ],
+        "steps": [asdict(step) for step in schedule.steps],
+        "picture": None
+        if picture is None
+        else [picture.pure, picture.mask is not None, picture.extra is not None, *schedule.noised],
     }
 
 

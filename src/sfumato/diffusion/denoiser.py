@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import JobError
 
-__all__ = ["Denoiser", "check_unet"]
+__all__ = ["Denoiser", "check_unet", "rescaled"]
 
 _SPLITTING_LATE = {
     "DownBlock2D",
@@ -47,15 +47,17 @@ def check_unet(unet: Any) -> None:
 class Denoiser(nn.Module):
     """``unet`` on a sample of batch B with text of batch 2B (unconditional half first) if ``guided``, else B.
 
-    Up to the first cross-attention both halves are the same, so what comes before is computed once and then
-    doubled,
+    Up to the first cross-attention both halves are the same, so what comes before is computed once and then doubled,
     which is free on shares; the result is exactly that of a doubled sample.
+
+    ``rescale``: (guidance weight, share of the rescaled output); with it both halves are combined here, because the
+    spread of the outputs is secret.
     """
 
-    def __init__(self, unet: nn.Module, *, guided: bool) -> None:
+    def __init__(self, unet: nn.Module, *, guided: bool, rescale: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.unet = unet
-        self.guided = guided
+        self.guided, self.rescale = guided, rescale
 
     @property
     def _splits_late(self) -> bool:
@@ -69,8 +71,12 @@ class Denoiser(nn.Module):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor:
-        """Model outputs (2B or B, C, H, W)."""
+        """Model outputs (2B or B, C, H, W); B with ``rescale``. ``extra``: channels beside the
+        sample's, of batch B."""
+        if extra is not None:
+            sample = torch.cat([sample, extra], 1)
         late = self.guided and self._splits_late
         if self.guided and not late:
             sample = torch.cat([sample, sample])
@@ -82,7 +88,21 @@ class Denoiser(nn.Module):
                 timestep_cond=timestep_cond,
                 return_dict=False,
             )[0]
-        return output
+        return output if self.rescale is None else rescaled(output, *self.rescale)
+
+
+def rescaled(output: Tensor, guidance: float, share: float) -> Tensor:
+    """diffusers' ``rescale_noise_cfg`` of an output that holds both halves: guided, and brought towards the spread
+    that the conditional half has in each image (the factor of Bessel is in both, and cancels)."""
+    without, towards = output.chunk(2)
+    combined = without + guidance * (towards - without)
+    ratio = torch.sqrt(_spread(towards)) * torch.rsqrt(_spread(combined))
+    return combined * (share * ratio + (1.0 - share))
+
+
+def _spread(x: Tensor) -> Tensor:
+    centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+    return (centred * centred).mean(dim=(1, 2, 3), keepdim=True)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.request import Generators
-from sfumato.diffusion.schedule import Schedule
+from sfumato.diffusion.schedule import KINDS, Schedule, Step, Sum
 from sfumato.graph.plan import Plan, client_side
 from sfumato.runtime.backend import Backend, Term
 
@@ -22,10 +23,13 @@ __all__ = ["Denoising", "call_kwargs", "guided_terms"]
 Observe = Callable[[int, Callable[[], Tensor]], Tensor | None]
 
 
-def call_kwargs(timestep: Tensor, embeds: Tensor, condition: Tensor | None) -> dict[str, Any]:
+def call_kwargs(
+    timestep: Tensor, embeds: Tensor, condition: Tensor | None, extra: Tensor | None = None
+) -> dict[str, Any]:
     """Keyword arguments of the captured denoiser beside the sample."""
     given = {"timestep": timestep.to(torch.float32), "encoder_hidden_states": embeds}
-    return given if condition is None else {**given, "timestep_cond": condition}
+    given |= {} if condition is None else {"timestep_cond": condition}
+    return given if extra is None else {**given, "extra": extra}
 
 
 def guided_terms(handle: str, coefficient: float, batch: int, guidance: float | None) -> list[Term]:
@@ -45,6 +49,8 @@ class Denoising:
     ``guidance``: None where the plan's batch is that of the latents. ``embeds``: the text's embeddings, or the
     handle under which the parties hold them. Values of the client (text keys and values) are shared when they
     change, so once.
+
+    The parties run the plan ``clip`` where the schedule clamps, and ``blend`` where a ``picture`` has a mask.
     """
 
     backend: Backend
@@ -54,9 +60,13 @@ class Denoising:
     condition: Tensor | None
     guidance: float | None
     generator: Generators = None
+    picture: Picture | None = None
     seconds: list[float] = field(default_factory=list)
     _put: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     _count: int = 0
+    _shape: tuple[int, ...] = ()
+    _weights: dict[int, float | None] = field(default_factory=dict)
+    _held: dict[str, dict[int, str]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
 
     def run(
         self, latents: Tensor, observe: Observe | None = None, stop: Callable[[], bool] | None = None
@@ -82,30 +92,71 @@ class Denoising:
     ) -> tuple[str, int]:
         """Handle of the last latents, in the scale that a model would see, and how many steps were done."""
         schedule = self.schedule.in_input_scale()
-        shape, batch = tuple(latents.shape), latents.shape[0]
-        samples = {0: self._share("sample0", latents.to(torch.float64) * self._scale(0))}
-        outputs: dict[int, str] = {}
+        self._shape, held = tuple(latents.shape), self._held
+        first = self._share("sample0", latents.to(torch.float64) * self._scale(0))
+        held["samples"][0] = held["returned"][0] = first
+        self._share_picture()
         for k, step in enumerate(schedule.steps):
             started = time.monotonic()
-            inputs, publics = self._arguments(schedule.timesteps[k], samples[k], shape)
-            outputs[k] = f"output{k}"
-            self.backend.call("unet", f"step{k}", inputs, publics, [outputs[k]])
-            terms = [Term(samples[k - age], c) for age, c in step.samples.items()]
-            for age, c in step.outputs.items():
-                terms += guided_terms(outputs[k - age], c, batch, self.guidance)
-            if step.draws:
-                noise = randn_tensor(shape, generator=self.generator, dtype=torch.float32).to(torch.float64)
-                if step.noise:
-                    terms.append(Term(self._share(f"noise{k}", noise * step.noise), 1.0))
-            samples[k + 1] = f"sample{k + 1}"
-            self.backend.affine(samples[k + 1], terms, f"sampler{k}")
-            self._forget(schedule, k, samples, outputs, terms)
+            inputs, publics = self._arguments(schedule.timesteps[k], held["samples"][k])
+            held["outputs"][k], self._weights[k] = f"output{k}", self.guidance
+            self.backend.call("unet", f"step{k}", inputs, publics, [held["outputs"][k]])
+            self._sampler(k, step)
+            self._blend(schedule, k)
+            self._forget(schedule.keeps(k))
             self.seconds.append(time.monotonic() - started)
             if observe is not None:
-                self._observed(observe, k, samples)
+                self._observed(observe, k)
             if stop is not None and stop():
-                return samples[k + 1], k + 1
-        return samples[len(schedule.steps)], len(schedule.steps)
+                return held["samples"][k + 1], k + 1
+        return held["samples"][len(schedule.steps)], len(schedule.steps)
+
+    def _sampler(self, k: int, step: Step) -> None:
+        """The next sample from what the parties hold, and from noise that the client draws."""
+        held = self._held
+        if step.clip is not None:
+            self.backend.affine(f"estimate{k}", self._terms(k, step.clip.value), f"estimate{k}")
+            held["clipped"][k] = f"clipped{k}"
+            self.backend.call("clip", f"clip{k}", {"value": f"estimate{k}"}, {}, [held["clipped"][k]])
+            self.backend.drop(f"estimate{k}")
+        terms, noised = self._terms(k, step.result), []
+        if step.draws:
+            noise = randn_tensor(self._shape, generator=self.generator, dtype=torch.float32).to(torch.float64)
+            if step.result.noise:
+                noised.append(self._share(f"noise{k}", noise * step.result.noise))
+        terms += [Term(handle, 1.0) for handle in noised]
+        held["samples"][k + 1] = held["returned"][k + 1] = f"sample{k + 1}"
+        self.backend.affine(f"sample{k + 1}", terms, f"sampler{k}")
+        self.backend.drop(*noised)
+
+    def _terms(self, k: int, total: Sum) -> list[Term]:
+        terms: list[Term] = []
+        for kind, age, c in total.terms():
+            handle = self._held[kind][k - age]
+            guidance = self._weights[k - age] if kind == "outputs" else None
+            terms += guided_terms(handle, c, self._shape[0], guidance)
+        return terms
+
+    def _share_picture(self) -> None:
+        """What the picture's kept part needs, once."""
+        if self.picture is not None and self.picture.mask is not None:
+            latents, noise = self.picture.kept()
+            self._share("mask", self.picture.mask)
+            self._share("kept", latents)
+            self._share("keptnoise", noise)
+
+    def _blend(self, schedule: Schedule, k: int) -> None:
+        """Make the sample after step ``k`` the noised picture again where the mask is 0."""
+        if self.picture is None or self.picture.mask is None:
+            return
+        part, blended = f"painted{k}", f"blended{k + 1}"
+        inputs = {"sample": self._held["samples"][k + 1], "mask": "mask"}
+        self.backend.call("blend", f"blend{k}", inputs, {}, [part])
+        latents, noise = schedule.noised[k + 1]
+        terms = [Term(part, 1.0), Term("kept", latents)]
+        self.backend.affine(blended, [*terms, *([Term("keptnoise", noise)] if noise else [])], blended)
+        self.backend.drop(part)
+        self._held["samples"][k + 1] = blended
 
     def _scale(self, k: int) -> float:
         steps = self.schedule.steps
@@ -118,16 +169,15 @@ class Denoising:
     def _open(self, handle: str, k: int) -> Tensor:
         return self.backend.reveal(handle) / self._scale(k)
 
-    def _arguments(
-        self, timestep: Tensor, sample: str, shape: tuple[int, ...]
-    ) -> tuple[dict[str, str], Mapping[str, Tensor]]:
+    def _arguments(self, timestep: Tensor, sample: str) -> tuple[dict[str, str], Mapping[str, Tensor]]:
         """Handles by input name, and the public values of this step."""
         inputs, embeds = {"sample": sample}, self.embeds
         if isinstance(embeds, str):
             inputs["encoder_hidden_states"] = embeds
             embeds = torch.zeros(self.plan.program.types["encoder_hidden_states"][0])
-        kwargs = call_kwargs(timestep, embeds, self.condition)
-        values = client_side(self.plan, (torch.zeros(shape),), kwargs, held=tuple(inputs))
+        extra = None if self.picture is None else self.picture.extra
+        kwargs = call_kwargs(timestep, embeds, self.condition, extra)
+        values = client_side(self.plan, (torch.zeros(self._shape),), kwargs, held=tuple(inputs))
         for name, tensor in values.secrets.items():
             known = self._put.get(name)
             if known is None or not torch.equal(known[1], tensor):
@@ -140,8 +190,8 @@ class Denoising:
             inputs[name] = known[0]
         return inputs, values.publics
 
-    def _observed(self, observe: Observe, k: int, samples: dict[int, str]) -> None:
-        handle, opened = samples[k + 1], [0]
+    def _observed(self, observe: Observe, k: int) -> None:
+        handle, opened = self._held["samples"][k + 1], [0]
 
         def latents() -> Tensor:
             # A value is opened under a name of its own: each opening has its own masks.
@@ -154,15 +204,19 @@ class Denoising:
 
         changed = observe(k, latents)
         if changed is not None:
-            self.backend.drop(handle)
-            samples[k + 1] = self._share(f"{handle}.changed", changed.to(torch.float64) * self._scale(k + 1))
+            self._held["samples"][k + 1] = self._share(
+                f"{handle}.changed", changed.to(torch.float64) * self._scale(k + 1)
+            )
+            if handle not in self._handles():
+                self.backend.drop(handle)
 
-    def _forget(
-        self, schedule: Schedule, k: int, samples: dict[int, str], outputs: dict[int, str], terms: list[Term]
-    ) -> None:
+    def _forget(self, oldest: Mapping[str, int]) -> None:
         """Drop what no later step uses."""
-        oldest_sample, oldest_output = schedule.keeps(k)
-        gone = [samples.pop(i) for i in list(samples) if i < min(oldest_sample, k + 1)]
-        gone += [outputs.pop(i) for i in list(outputs) if i < oldest_output]
-        gone += [t.handle for t in terms if t.handle.startswith("noise")]
-        self.backend.drop(*gone)
+        before, held = self._handles(), self._held
+        for kind, known in held.items():
+            for i in [i for i in known if i < oldest[kind]]:
+                del known[i]
+        self.backend.drop(*sorted(before - self._handles()))
+
+    def _handles(self) -> set[str]:
+        return {handle for known in self._held.values() for handle in known.values()}

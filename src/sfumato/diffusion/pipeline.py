@@ -3,25 +3,33 @@ sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from sfumato.diffusion.adapters import adapter_state, merged
 from sfumato.diffusion.loading import check_pipeline, load_pipeline
 from sfumato.diffusion.loop import Denoising
+from sfumato.diffusion.parties import KeptParties
 from sfumato.diffusion.parts import decoded, encoded
 from sfumato.diffusion.plans import Planner
 from sfumato.diffusion.request import Prepared, Request, prepare
+from sfumato.diffusion.steering import Steering
+from sfumato.diffusion.surface import Surface
 from sfumato.errors import JobError
 from sfumato.graph.places import SECRETS
 from sfumato.graph.plan import PROFILES, Plan
-from sfumato.runtime.backend import Backend, open_backend
+from sfumato.runtime.backend import Backend
+from sfumato.runtime.names import shared_name
+from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport
 
 __all__ = ["SecureOutput", "SecurePipeline"]
@@ -36,11 +44,11 @@ class SecureOutput(BaseOutput):
     """What a call returns: ``images`` as diffusers gives them, and the ``report`` of what it cost."""
 
     images: Any
-    report: Any
     nsfw_content_detected: Any = None
+    report: Any = None
 
 
-class SecurePipeline:
+class SecurePipeline(Surface):
     """Text to image under MPC. Make one with `from_pretrained`, call it as a diffusers pipeline.
 
     The client encodes the prompt, draws the noise and decodes the image, all in clear at its side. The three
@@ -52,7 +60,23 @@ class SecurePipeline:
     (or the latents, with ``output_type="latent"``). The tokenizer, the scheduler and a safety checker stay at the
     client. Components named in ``public_components`` are in clear at the client, as they are with public weights;
     embeddings that the caller gives are the client's own values.
+
+    **Who knows the noise.** The first latents and the noise of every step are drawn at the client, from the caller's
+    generators and in diffusers' order, and shared: no party knows them, and nothing that a party sees depends on the
+    generators. Whoever knows the seed knows the noise, but of no other value more than the noise says.
+
+    The diffusers pipeline is this object's own: a pipeline in memory that it was made from is not changed, and shares
+    its memory where that was in float32. Other attributes and methods (``scheduler``, ``unet``, ``safety_checker``,
+    ``load_lora_weights``, ``set_adapters``, ...) are that pipeline's. Active adapters are merged into the weights of
+    each plan, so they cost nothing.
+
+    With ``backend="local"`` three party processes serve all calls; `close`, a ``with`` block or the end of this object
+    ends them. Every call is a session of its own: shares are gone after it.
     """
+
+    #: The diffusers pipeline that this one runs as, and the arguments of a call.
+    _serves = "StableDiffusionPipeline"
+    _request: ClassVar[type[Request]] = Request
 
     def __init__(
         self,
@@ -68,19 +92,19 @@ class SecurePipeline:
         public_components: Sequence[str] = (),
     ) -> None:
         _check_options(secret, profile, backend, public_components)
-        self._pipe = check_pipeline(pipe)
+        self.__dict__["_pipe"] = check_pipeline(pipe, self._serves)
         self.secret, self.profile, self.backend = secret, profile, backend
         self.cluster, self.keys = cluster, keys
         self.options = dict(options or {})
         self._hidden = frozenset() if secret == "inputs" else _AT_CLIENT - set(public_components)
-        self._planner = Planner(
-            self._pipe, secret=secret, profile=profile, calibration=calibration, hidden=self._hidden
-        )
-        self._progress: dict[str, Any] = {}
-        #: What party 0 sent of the latest result, as ring words: one uniform summand of three.
+        self._planner = Planner(secret=secret, profile=profile, calibration=calibration, hidden=self._hidden)
+        self._merged: tuple[Any, Any] = (None, None)
+        self._parties = KeptParties()
+        weakref.finalize(self, self._parties.close)
+        self._progress: dict[str, Any] = dict(getattr(pipe, "_progress_bar_config", {}))
+        #: What each party sent of the latest result, as ring words: uniform summands; and that of party 0.
+        self.last_shares: tuple[Tensor, ...] = ()
         self.last_share: Tensor | None = None
-        #: Set by a callback to stop after the current step.
-        self.interrupt = False
 
     @classmethod
     def from_pretrained(
@@ -97,11 +121,14 @@ class SecurePipeline:
         public_components: Sequence[str] = (),
         **loading: Any,
     ) -> Self:
-        """The pipeline behind ``"embedded"`` (the shipped model), a folder in diffusers' layout, or a hub id.
+        """The pipeline behind ``"embedded"`` (the shipped model), a folder in diffusers' layout, a hub id, or
+        ``"cluster:NAME"``, a model that its owner has shared with a cluster.
 
         Args:
-            path_or_id: what to load; ``loading`` (``variant``, ``revision``, ``scheduler``, ...) goes to
-            diffusers.
+            path_or_id: what to load. ``loading`` goes to diffusers as it is: ``variant``, ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``, ``use_safetensors``, ``scheduler``, ``safety_checker=None``, ...
+                Weights in half precision (stored so, or by ``torch_dtype``) are widened to float32: values under
+                the protocol are in fixed point, whatever the checkpoint's precision.
             secret: ``"inputs"`` (prompt, noise, image) or ``"inputs+weights"`` (the weights of text encoder,
                 U-Net and image decoder as well).
             profile: the errors that non-linear functions may have: ``"precise"`` or ``"fast"``.
@@ -117,8 +144,17 @@ class SecurePipeline:
             JobError: one sentence on what cannot be loaded or is not served.
         """
         _check_options(secret, profile, backend, public_components)
+        shared = shared_name(path_or_id)
+        if shared is not None:
+            if cls._serves != SecurePipeline._serves:
+                raise JobError(f"{path_or_id} is offered for text alone; open it with SecurePipeline")
+            return cast(Self, _shared(shared, cluster, keys, options, {
+                "secret": secret != "inputs", "profile": profile != "precise", "backend": backend != "local",
+                "calibration": calibration is not None, "public_components": bool(public_components),
+                **dict.fromkeys(loading, True),
+            }))  # fmt: skip
         return cls(
-            load_pipeline(path_or_id, **loading),
+            load_pipeline(path_or_id, cls._serves, **loading),
             secret=secret,
             profile=profile,
             cluster=cluster,
@@ -131,8 +167,18 @@ class SecurePipeline:
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> Self:
-        """The same from a diffusers pipeline in memory; its components are shared, and widened to float32 in
-        place."""
+        """The same from a diffusers pipeline in memory, with its loaded LoRAs, textual inversions and safety checker.
+
+        The given pipeline stays as it is; float32 weights are shared with it, others are widened in copies.
+
+        Raises:
+            JobError: one sentence on what is not served.
+        """
+        for name, component in getattr(pipe, "components", {}).items():
+            if isinstance(component, nn.Module) and any(p.is_meta for p in component.parameters()):
+                raise JobError(
+                    f"the weights of {name} are offloaded; give the pipeline before it is offloaded"
+                )
         return cls(pipe, **options)
 
     # ---- the calls -----------------------------------------------------------------------------------------
@@ -151,44 +197,75 @@ class SecurePipeline:
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        output_type: str = "pil",
         return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
         **more: Any,
     ) -> Any:
-        """Images for a prompt, with diffusers' arguments and the same image for the same generator.
+        """Images for a prompt, with diffusers' arguments, and the same image for the same generator.
 
-        ``callback_on_step_end(pipe, step, timestep, kwargs)`` opens nothing, unless
-        ``callback_on_step_end_tensor_inputs=["latents"]`` asks: then the client alone sees them.
+        Of every argument the three parties learn what is called public below, and no more; "secret" means that they
+        hold random-looking shares of it. What the client computes in the clear it computes on its own machine.
+
+        Args:
+            prompt: one text or a list. With public weights the client encodes it; with secret weights its tokens are
+                secret. Public: how many there are.
+            height, width: of the images, in pixels, multiples of 8; the model's own size unless both are given. Public.
+            num_inference_steps: steps of the scheduler. Public, as are all timesteps and coefficients of its steps.
+            timesteps, sigmas: one list in place of the scheduler's own. Public.
+            guidance_scale: weight of the prompt over the negative one; without guidance at 1 or less. Public.
+            negative_prompt: a text, or a list as long as that of the prompts. Secret as the prompt is.
+            num_images_per_prompt: Public.
+            eta: noise of DDIM's steps; other schedulers ignore it. Public.
+            generator: one for all images or a list with one for each. The noise that is drawn from it, before the
+                first step and in steps, is drawn at the client and secret.
+            latents: the first latents in place of drawn ones, in units of noise; (images, channels, height / 8,
+                width / 8) for a decoder of factor 8. Secret.
+            prompt_embeds, negative_prompt_embeds: (prompts, tokens, width), in place of the texts. Secret. With a
+                secret text encoder both, or neither.
+            ip_adapter_image, ip_adapter_image_embeds: not served.
+            output_type: ``"pil"``, ``"np"``, ``"pt"``, or ``"latent"`` for the latents as they are. Opened to the
+                client alone; with a secret decoder the image is opened and the latents are not.
+            return_dict: False for a pair of images and safety flags.
+            cross_attention_kwargs: ``{"scale": s}``, the weight of LoRA layers. They are in the weights of the plan,
+                which are as public or secret as the model's.
+            guidance_rescale: share of the output that is brought to the spread of the conditional one; the spreads are
+                computed on shares. Public is the share alone.
+            clip_skip: layers of the text encoder to leave out at its end. Public with secret weights.
+            callback_on_step_end: ``callback(pipe, step, timestep, tensors)`` after every step, at the client; what it
+                returns replaces what it was given. It may set ``pipe.interrupt`` (or ``pipe._interrupt``), and
+                ``pipe._guidance_scale`` in a run with guidance.
+            callback_on_step_end_tensor_inputs: what it is given: ``"latents"`` are opened to the client alone after
+                every step, which the report counts; ``"prompt_embeds"`` and ``"negative_prompt_embeds"`` are the
+                client's own. Nothing by default, where diffusers gives the latents.
 
         Returns:
-            `SecureOutput` with ``images`` and ``report``, or ``(images, nsfw flags)`` with
-            ``return_dict=False``.
+            `SecureOutput` with ``images``, ``nsfw_content_detected`` (from the checkpoint's safety checker, at the
+            client; None without one) and ``report``, or ``(images, nsfw flags)`` with ``return_dict=False``.
 
         Raises:
-            JobError: an argument that is not served; one sentence, before any work.
+            JobError: an argument that is not served or does not fit; one sentence, before any work.
+            CaptureError, PlanError: the model holds what cannot run under the protocol.
+            RangeError: values left the calibrated ranges; nothing is opened.
             LinkError: a party is gone or silent.
         """
-        request = Request.of(
-            {
-                "prompt": prompt,
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "timesteps": timesteps,
-                "sigmas": sigmas,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "num_images_per_prompt": num_images_per_prompt or 1,
-                "eta": eta,
-                "generator": generator,
-                "latents": latents,
-                **more,
-            }
-        )
+        arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "return_dict", "more")
+        }
+        return self._generate(Request.of({**arguments, **more}), return_dict=return_dict)
+
+    def _generate(self, request: Request, *, return_dict: bool) -> Any:
         prepared = self._prepared(request)
         # Local parties need seconds to start: they do it while the plan is made.
-        with open_backend(
-            self.backend, cluster=self.cluster, keys=self.keys, options={**self.options}
-        ) as backend:
+        with self._opened() as backend:
             plans = self.plans_for(prepared)
             final, report = self._run(backend, plans, prepared)
         images, flagged = self._images(final, request, decoded="vae" in plans)
@@ -207,7 +284,7 @@ class SecurePipeline:
 
         Values of the client do not matter, only how many prompts and steps there are.
         """
-        prepared = self._prepared(Request.of({"prompt": prompt, **arguments}))
+        prepared = self._prepared(self._request.of({"prompt": prompt, **arguments}))
         plans = self.plans_for(prepared)
         with open_backend("meta", options={**self.options}) as backend:
             return self._run(backend, plans, prepared, silent=True)[1]
@@ -219,27 +296,22 @@ class SecurePipeline:
     def plans(self, prompt: str | list[str] = "", **arguments: Any) -> dict[str, Plan]:
         """All plans of a call with these arguments: ``"unet"``, and with secret weights ``"text"`` and
         ``"vae"``."""
-        return self.plans_for(self._prepared(Request.of({"prompt": prompt, **arguments})))
+        return self.plans_for(self._prepared(self._request.of({"prompt": prompt, **arguments})))
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the progress bar (tqdm's): ``disable=True`` silences it."""
         self._progress = config
         self._pipe.set_progress_bar_config(**config)
 
-    def __getattr__(self, name: str) -> Any:
-        # scheduler, unet, vae, tokenizer, text_encoder, components, ... are those of the diffusers pipeline.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._pipe, name)
+    def close(self) -> None:
+        """End the local parties, if there are any; a later call starts others."""
+        self._parties.close()
 
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler; assign another to change it, as with diffusers."""
-        return self._pipe.scheduler
+    def __enter__(self) -> Self:
+        return self
 
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self._pipe.scheduler = scheduler
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # ---- how -----------------------------------------------------------------------------------------------
 
@@ -248,7 +320,21 @@ class SecurePipeline:
         return self._planner.plans(prepared, progress=not self._progress.get("disable"))
 
     def _prepared(self, request: Request) -> Prepared:
-        return prepare(self._pipe, request, encode="text_encoder" not in self._hidden)
+        return prepare(self._adapted(request.lora_scale), request, encode="text_encoder" not in self._hidden)
+
+    def _adapted(self, scale: float) -> Any:
+        """The pipeline with its adapters merged, kept until one of them changes."""
+        state = adapter_state(self._pipe)
+        if not state:
+            return self._pipe
+        if self._merged[0] != (scale, state):
+            self._merged = ((scale, state), merged(self._pipe, scale))
+        return self._merged[1]
+
+    def _opened(self) -> AbstractContextManager[Backend]:
+        if self.backend == "local" and self.cluster is None:
+            return self._parties.session(self.options)
+        return open_backend(self.backend, cluster=self.cluster, keys=self.keys, options={**self.options})
 
     def _run(
         self, backend: Backend, plans: dict[str, Plan], prepared: Prepared, *, silent: bool = False
@@ -256,7 +342,7 @@ class SecurePipeline:
         """The image if there is a plan for its decoder, else the latents at the end; and the session's report."""
         request, steps = prepared.request, prepared.schedule.timesteps
         for name, plan in plans.items():
-            backend.load(name, plan)
+            self._planner.load(backend, name, plan)
         backend.start_clock()
         embeds: Tensor | str = prepared.embeds
         if prepared.ids is not None:
@@ -267,15 +353,17 @@ class SecurePipeline:
             prepared.schedule,
             embeds,
             prepared.condition,
-            request.guidance_scale if prepared.guided else None,
+            prepared.guidance,
             None if silent else request.generator,
+            prepared.picture,
         )
-        self.interrupt = False
+        self._tell(prepared)
+        steering = Steering(self, prepared, denoising, silent)
         bar = tqdm(total=len(steps), **{"disable": silent, "delay": 2.0, **self._progress})
 
         def observe(k: int, latents: Any) -> Tensor | None:
             bar.update()
-            return self._callback(request, k, steps[k], latents, silent=silent)
+            return steering.observe(k, latents)
 
         with bar:
             if "vae" in plans:
@@ -283,23 +371,16 @@ class SecurePipeline:
                 final = decoded(backend, plans["vae"], held, tuple(prepared.latents.shape))
             else:
                 final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
-        self.last_share = backend.last_components[0]
+        self.last_shares = tuple(backend.last_components)
+        self.last_share = self.last_shares[0]
         return final, backend.report(steps=denoising.seconds)
 
-    def _callback(
-        self, request: Request, k: int, timestep: Tensor, latents: Any, *, silent: bool
-    ) -> Tensor | None:
-        asked = {name: latents().to(torch.float32) for name in request.callback_on_step_end_tensor_inputs}
-        if request.callback_on_step_end is None or silent:
-            return None
-        returned = request.callback_on_step_end(self, k, timestep, dict(asked)) or {}
-        wrong = sorted(set(returned) - set(asked))
-        if wrong:
-            raise JobError(
-                f"a callback returned {wrong[0]!r}, which callback_on_step_end_tensor_inputs does not name"
-            )
-        changed = returned.get("latents")
-        return None if changed is None or changed is asked.get("latents") else changed
+    def _tell(self, prepared: Prepared) -> None:
+        """What diffusers' own properties (``guidance_scale``, ``num_timesteps``, ...) say in callbacks."""
+        pipe, request = self._pipe, prepared.request
+        pipe._guidance_scale, pipe._guidance_rescale = request.guidance_scale, request.guidance_rescale
+        pipe._clip_skip, pipe._cross_attention_kwargs = request.clip_skip, request.cross_attention_kwargs
+        pipe._num_timesteps, pipe._interrupt = len(prepared.schedule.timesteps), False
 
     def _images(self, final: Tensor, request: Request, *, decoded: bool) -> tuple[Any, Any]:
         """Images from latents, or from what the parties ``decoded``, in the clear at the client: diffusers' own
@@ -318,6 +399,15 @@ class SecurePipeline:
         return pipe.image_processor.postprocess(
             image, output_type=request.output_type, do_denormalize=keep
         ), flagged
+
+
+def _shared(name: str, cluster: Any, keys: Any, options: Any, given: dict[str, bool]) -> SecurePipeline:
+    """A shared model's pipeline, whose class builds on this file's."""
+    from sfumato.diffusion.shared import open_shared
+
+    return open_shared(
+        name, cluster=cluster, keys=keys, options=options, decided=[n for n in given if given[n]]
+    )
 
 
 def _check_options(secret: str, profile: str, backend: str, public_components: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.diffusion.calibrate import (
     PROMPTS,
@@ -23,10 +23,12 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.parts import ImageDecoder, TextEncoder, text_samples
+from sfumato.diffusion.picture import Blend, Clamp
 from sfumato.diffusion.request import Prepared
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import Plan, make_plan
 from sfumato.graph.program import Program
+from sfumato.runtime.backend import Backend
 
 __all__ = ["Planner"]
 
@@ -37,35 +39,43 @@ class Planner:
     ``calibration`` holds ranges of the U-Net; those of the other components are always measured here.
     """
 
-    def __init__(
-        self, pipe: Any, *, secret: str, profile: str, calibration: Any, hidden: frozenset[str]
-    ) -> None:
-        self._pipe, self._secret, self._profile = pipe, secret, profile
+    def __init__(self, *, secret: str, profile: str, calibration: Any, hidden: frozenset[str]) -> None:
+        self._secret, self._profile = secret, profile
         self._calibration, self._hidden = calibration, hidden
         self._plans: dict[str, Plan] = {}
-        self._digest: tuple[Any, str] = (None, "")
+        self._digest: tuple[list[nn.Parameter], list[int], str] = ([], [], "")
 
     def plans(self, prepared: Prepared, *, progress: bool = True) -> dict[str, Plan]:
         """By name, in the order of their use: ``text`` and ``vae`` only where they run under the protocol."""
-        denoiser = Denoiser(self._pipe.unet, guided=prepared.guided).eval()
+        pipe = prepared.pipe
+        denoiser = Denoiser(pipe.unet, guided=prepared.guided, rescale=prepared.rescale).eval()
 
         @cache
         def measured() -> Trajectories:
-            return trajectories(self._pipe, denoiser, prepared, progress=progress)
+            return trajectories(pipe, denoiser, prepared, progress=progress)
 
         made: dict[str, Plan] = {}
         if prepared.ids is not None:
             made["text"] = self._text(prepared)
         made["unet"] = self._unet(prepared, denoiser, lambda: measured().samples)
+        if prepared.schedule.clip is not None:
+            clamp = Clamp(*prepared.schedule.clip)
+            made["clip"] = self._small(prepared, "clip", clamp, lambda: measured().clips)
+        if prepared.picture is not None and prepared.picture.mask is not None:
+            made["blend"] = self._small(prepared, "blend", Blend(), lambda: measured().blends, prepared.picture.mask)
         if "vae" in self._hidden and prepared.request.output_type != "latent":
-            made["vae"] = self._vae(prepared, lambda: decoder_samples(self._pipe.vae, measured().finals))
+            made["vae"] = self._vae(prepared, lambda: decoder_samples(prepared.pipe.vae, measured().finals))
         return made
+
+    def load(self, backend: Backend, name: str, plan: Plan) -> None:
+        """Give the parties one of these plans and its weights."""
+        backend.load(name, plan)
 
     def _text(self, prepared: Prepared) -> Plan:
         request, ids = prepared.request, prepared.ids
         assert ids is not None
         module = TextEncoder(
-            self._pipe.text_encoder,
+            prepared.pipe.text_encoder,
             guided=prepared.guided,
             clip_skip=request.clip_skip,
             repeats=request.num_images_per_prompt,
@@ -74,17 +84,20 @@ class Planner:
         return self._made(
             self._file(prepared, "text"),
             lambda: capture(module.eval(), (torch.zeros_like(ids),)),
-            lambda: text_samples(self._pipe, PROMPTS, ids.shape[0], both=both),
+            lambda: text_samples(prepared.pipe, PROMPTS, ids.shape[0], both=both),
         )
 
     def _unet(self, prepared: Prepared, denoiser: nn.Module, samples: Callable[[], Any]) -> Plan:
         first = call_kwargs(
-            prepared.schedule.timesteps[0], torch.zeros_like(prepared.embeds), prepared.condition
+            prepared.schedule.timesteps[0], torch.zeros_like(prepared.embeds), prepared.condition, prepared.extra
         )
         # Embeddings that the parties hold are an input like the latents; else the client knows them.
         held = prepared.ids is not None
+        part = ["unet", *(["text held"] if held else [])]
+        if prepared.rescale is not None:
+            part.append(f"rescaled {prepared.rescale[1]:g}")
         return self._made(
-            self._file(prepared, "unet, text held" if held else "unet"),
+            self._file(prepared, ", ".join(part)),
             lambda: capture(denoiser, (torch.zeros_like(prepared.latents),), first),
             samples,
             self._calibration,
@@ -93,15 +106,22 @@ class Planner:
         )
 
     def _vae(self, prepared: Prepared, samples: Callable[[], Any]) -> Plan:
-        decoder = ImageDecoder(self._pipe.vae).eval()
+        decoder = ImageDecoder(prepared.pipe.vae).eval()
         return self._made(
             self._file(prepared, "vae"),
             lambda: capture(decoder, (torch.zeros_like(prepared.latents),)),
             samples,
         )
 
+    def _small(
+        self, prepared: Prepared, part: str, module: nn.Module, samples: Callable[[], Any], *beside: Tensor
+    ) -> Plan:
+        """The plan of what happens between two steps: a function of values like the latents."""
+        values = [torch.zeros_like(value) for value in (prepared.latents, *beside)]
+        return self._made(self._file(prepared, part), lambda: capture(module.eval(), tuple(values)), samples)
+
     def _file(self, prepared: Prepared, part: str) -> Path:
-        return cache_file(self._weights(), prepared, self._profile, self._secret, part)
+        return cache_file(self._weights(prepared.pipe), prepared, self._profile, self._secret, part)
 
     def _made(
         self,
@@ -130,14 +150,19 @@ class Planner:
         self._plans[cached.name] = plan
         return plan
 
-    def _weights(self) -> str:
+    def _weights(self, pipe: Any) -> str:
         """Digest of the weights that ranges depend on, computed again when they change."""
-        pipe = self._pipe
         modules = [pipe.unet, pipe.text_encoder, *([pipe.vae] if "vae" in self._hidden else [])]
         modules = [module for module in modules if module is not None]
-        state = tuple(
-            (id(p), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()
-        )
-        if self._digest[0] != state:
-            self._digest = state, weights_digest(*modules)
-        return self._digest[1]
+        # The parameters themselves are kept: an id may come again.
+        held = [p for module in modules for p in module.parameters()]
+        versions = [0 if p.is_inference() else p._version for p in held]
+        known, at, digest = self._digest
+        if (
+            len(known) != len(held)
+            or at != versions
+            or any(a is not b for a, b in zip(known, held, strict=True))
+        ):
+            digest = weights_digest(*modules)
+            self._digest = held, versions, digest
+        return digest

@@ -3,37 +3,50 @@ latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar, Self
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sfumato.diffusion.parts import listening
-from sfumato.diffusion.schedule import Schedule, probe_schedule
+from sfumato.diffusion.picture import Picture
+from sfumato.diffusion.probe import probe_schedule
+from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
 
-__all__ = ["Generators", "Prepared", "Request", "prepare"]
+__all__ = ["Generators", "Prepared", "Request", "image_size", "in_a_sentence", "prepare"]
+
+log = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], Any]
 
 _REFUSED = {
-    "guidance_rescale": "it divides by the spread of secret values; leave it at 0",
     "ip_adapter_image": "image prompts are not served yet; use a text prompt",
     "ip_adapter_image_embeds": "image prompts are not served yet; use a text prompt",
-    "cross_attention_kwargs": "attention is fixed at capture; fuse a LoRA into the weights first",
     "callback": "use callback_on_step_end",
     "callback_steps": "use callback_on_step_end",
 }
 _OUTPUTS = ("pil", "np", "pt", "latent")
+#: What a callback can ask for: the secret latents are opened for it, the embeddings are the client's own.
+_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """The arguments of one call, as diffusers names them."""
+
+    #: Whose arguments these are, and which of the names below it does not take.
+    title: ClassVar[str] = "SecurePipeline"
+    without: ClassVar[frozenset[str]] = frozenset()
 
     prompt: str | list[str] | None = None
     negative_prompt: str | list[str] | None = None
@@ -49,13 +62,15 @@ class Request:
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    guidance_rescale: float = 0.0
     clip_skip: int | None = None
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ()
 
-    @staticmethod
-    def of(arguments: Mapping[str, Any]) -> Request:
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
         """A request from keyword arguments.
 
         Raises:
@@ -63,12 +78,14 @@ class Request:
         """
         given = dict(arguments)
         for name, advice in _REFUSED.items():
-            if given.pop(name, None):
+            if given.pop(name, None) is not None:
                 raise JobError(f"{name} cannot be used: {advice}")
-        unknown = sorted(set(given) - set(Request.__dataclass_fields__))
+        unknown = sorted(set(given) - (set(cls.__dataclass_fields__) - cls.without))
         if unknown:
-            raise JobError(f"SecurePipeline takes no argument {unknown[0]!r}")
-        request = Request(**given)
+            raise JobError(f"{cls.title} takes no argument {unknown[0]!r}")
+        if isinstance(given.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
+            given["callback_on_step_end_tensor_inputs"] = given["callback_on_step_end"].tensor_inputs
+        request = cls(**given)
         request.check()
         return request
 
@@ -80,13 +97,93 @@ class Request:
         """
         if self.output_type not in _OUTPUTS:
             raise JobError(f"output_type must be one of {', '.join(_OUTPUTS)}, not {self.output_type!r}")
-        if self.num_images_per_prompt < 1:
+        if not isinstance(self.num_images_per_prompt, int) or self.num_images_per_prompt < 1:
             raise JobError(f"num_images_per_prompt must be at least 1, not {self.num_images_per_prompt}")
-        if isinstance(self.prompt, list) and not self.prompt:
-            raise JobError("the list of prompts is empty; give at least one")
-        wrong = sorted(set(self.callback_on_step_end_tensor_inputs) - {"latents"})
+        self._check_texts()
+        wrong = sorted(set(self.callback_on_step_end_tensor_inputs) - set(_TENSORS))
         if wrong:
-            raise JobError(f"a callback can ask for 'latents' alone, not {wrong[0]!r}")
+            raise JobError(f"a callback can ask for {', '.join(_TENSORS)}, not for {wrong[0]!r}")
+        beside = sorted(set(self.cross_attention_kwargs or ()) - {"scale"})
+        if beside:
+            raise JobError(
+                f"cross_attention_kwargs takes 'scale' (of LoRA layers) alone, not {beside[0]!r}: "
+                "the attention itself is fixed at capture"
+            )
+        for name, number in (
+            ("cross_attention_kwargs['scale']", self.lora_scale),
+            ("guidance_scale", self.guidance_scale),
+            ("guidance_rescale", self.guidance_rescale),
+            ("eta", self.eta),
+        ):
+            if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+                raise JobError(f"{name} must be a finite number, not {number!r}")
+        if self.clip_skip is not None and (not isinstance(self.clip_skip, int) or self.clip_skip < 0):
+            raise JobError(f"clip_skip must be a whole number of layers, not {self.clip_skip!r}")
+
+    def _check_texts(self) -> None:
+        """As diffusers does, whose complaints quote the texts."""
+        prompt, negative = self.prompt, self.negative_prompt
+        for name, text, embeds in (
+            ("prompt", prompt, self.prompt_embeds),
+            ("negative_prompt", negative, self.negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise JobError(f"give {name} or {name}_embeds, not both")
+            if text is not None and not (isinstance(text, str) or _texts(text)):
+                raise JobError(f"{name} must be a text or a list of texts")
+            if embeds is not None and not (isinstance(embeds, Tensor) and embeds.ndim == 3):
+                raise JobError(f"{name}_embeds must be a tensor (prompts, tokens, width)")
+        if prompt is None and self.prompt_embeds is None:
+            raise JobError("give a prompt, or prompt_embeds")
+        if isinstance(prompt, list) and not prompt:
+            raise JobError("the list of prompts is empty; give at least one")
+        if self.guidance_scale <= 1:
+            return  # then the negative ones are ignored
+        if negative is not None and prompt is not None and type(prompt) is not type(negative):
+            raise JobError(
+                "negative_prompt must be a text where prompt is one, and a list where prompt is a list"
+            )
+        count = len(negative) if isinstance(negative, list) else 1
+        if self.negative_prompt_embeds is not None:
+            count = self.negative_prompt_embeds.shape[0]
+        if (negative is not None or self.negative_prompt_embeds is not None) and count != self.prompts:
+            raise JobError(
+                f"{count} negative prompts were given for {self.prompts} prompts; give one for each"
+            )
+
+    def check_model(self, pipe: Any) -> None:
+        """diffusers' own checks.
+
+        Raises:
+            JobError: one sentence.
+        """
+        with in_a_sentence():
+            pipe.check_inputs(
+                self.prompt,
+                *image_size(pipe, self),
+                None,
+                self.negative_prompt,
+                self.prompt_embeds,
+                self.negative_prompt_embeds,
+            )
+
+    def probed(self, scheduler: Any, steps: int | None = None) -> Schedule:
+        """The schedule of this call, or one of another number of steps."""
+        if steps is not None:
+            return probe_schedule(scheduler, steps, eta=self.eta)
+        return probe_schedule(
+            scheduler, self.num_inference_steps, timesteps=self.timesteps, sigmas=self.sigmas, eta=self.eta
+        )
+
+    def begin(self, pipe: Any, schedule: Schedule, batch: int) -> tuple[Tensor, Picture | None]:
+        """The latents before the first step, first sigma included, and what else the run starts from."""
+        return _latents(self, _shape(pipe, self, batch)) * schedule.init_sigma, None
+
+    @property
+    def lora_scale(self) -> float:
+        """The weight of all LoRA layers, on top of the weights of their adapters."""
+        scale = (self.cross_attention_kwargs or {}).get("scale")
+        return 1.0 if scale is None else scale
 
     @property
     def prompts(self) -> int:
@@ -105,6 +202,7 @@ class Prepared:
     ``embeds`` are then zeros of the right shape.
     """
 
+    pipe: Any
     request: Request
     schedule: Schedule
     guided: bool
@@ -112,10 +210,27 @@ class Prepared:
     embeds: Tensor
     condition: Tensor | None
     ids: Tensor | None = None
+    picture: Picture | None = None
 
     @property
     def batch(self) -> int:
         return self.latents.shape[0]
+
+    @property
+    def extra(self) -> Tensor | None:
+        """What the U-Net takes beside the sample."""
+        return None if self.picture is None else self.picture.extra
+
+    @property
+    def rescale(self) -> tuple[float, float] | None:
+        """(guidance weight, share of the rescaled output) where the U-Net's plan guides and rescales itself."""
+        rescale = self.request.guidance_rescale
+        return (self.request.guidance_scale, rescale) if self.guided and rescale > 0 else None
+
+    @property
+    def guidance(self) -> float | None:
+        """The weight with which the sampler combines both halves of an output; None where there are none."""
+        return self.request.guidance_scale if self.guided and self.rescale is None else None
 
 
 def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
@@ -126,70 +241,103 @@ def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     Raises:
         JobError: one sentence on the argument that does not fit.
     """
-    height, width = _size(pipe, request)
-    try:
-        pipe.check_inputs(
-            request.prompt,
-            height,
-            width,
-            None,
-            request.negative_prompt,
-            request.prompt_embeds,
-            request.negative_prompt_embeds,
-        )
-    except (ValueError, TypeError) as error:
-        raise JobError(str(error).strip().splitlines()[0]) from None
-    schedule = probe_schedule(
-        pipe.scheduler,
-        request.num_inference_steps,
-        timesteps=request.timesteps,
-        sigmas=request.sigmas,
-        eta=request.eta,
-    )
+    request.check_model(pipe)
+    schedule = request.probed(pipe.scheduler)
     distilled = pipe.unet.config.time_cond_proj_dim
     guided = request.guidance_scale > 1 and distilled is None
     batch = request.prompts * request.num_images_per_prompt
     embeds, ids = _text(pipe, request, guided, encode=encode)
-    factor = pipe.vae_scale_factor
-    shape = (batch, pipe.unet.config.in_channels, height // factor, width // factor)
-    latents = _latents(request, shape)
+    latents, picture = request.begin(pipe, schedule, batch)
     return Prepared(
+        pipe=pipe,
         request=request,
         schedule=schedule,
         guided=guided,
-        latents=latents * schedule.init_sigma,
+        latents=latents,
         embeds=embeds,
         condition=_guidance_embedding(pipe, request, batch) if distilled else None,
         ids=ids,
+        picture=picture,
     )
+
+
+@contextlib.contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """Complaints of diffusers as ours.
+
+    Raises:
+        JobError: the first line of the complaint.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise JobError(str(error).strip().splitlines()[0]) from None
 
 
 def _text(pipe: Any, request: Request, guided: bool, *, encode: bool) -> tuple[Tensor, Tensor | None]:
     """Embeddings of all texts, or zeros and the token ids; the caller's own embeddings are never encoded."""
     encoder, heard = (pipe, []) if encode or pipe.text_encoder is None else listening(pipe)
+    if pipe.text_encoder is None and (
+        request.prompt is not None or (guided and request.negative_prompt_embeds is None)
+    ):
+        raise JobError("this pipeline has no text encoder; give prompt_embeds and negative_prompt_embeds")
     try:
-        embeds, negative = encoder.encode_prompt(
-            request.prompt,
-            torch.device("cpu"),
-            request.num_images_per_prompt,
-            guided,
-            request.negative_prompt,
-            prompt_embeds=request.prompt_embeds,
-            negative_prompt_embeds=request.negative_prompt_embeds,
-            clip_skip=request.clip_skip,
-        )
+        with _untold(pipe, request, guided):
+            embeds, negative = encoder.encode_prompt(
+                request.prompt,
+                torch.device("cpu"),
+                request.num_images_per_prompt,
+                guided,
+                request.negative_prompt,
+                prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
+                clip_skip=request.clip_skip,
+            )
     except IndexError:
         raise JobError(f"clip_skip={request.clip_skip} is more than this text encoder has layers") from None
-    except (ValueError, TypeError) as error:
-        raise JobError(str(error).strip().splitlines()[0]) from None
+    except (ValueError, TypeError):
+        raise JobError(
+            "prompt_embeds and negative_prompt_embeds must be of one shape (prompts, tokens, width)"
+        ) from None
+    width = pipe.unet.config.cross_attention_dim
+    for given in (embeds, negative) if guided else (embeds,):
+        if isinstance(width, int) and given.shape[-1] != width:
+            raise JobError(f"this U-Net takes embeddings of width {width}, not {given.shape[-1]}")
     embeds = (torch.cat([negative, embeds]) if guided else embeds).detach()
     if not heard:
         return embeds, None
+    if set(request.callback_on_step_end_tensor_inputs) - {"latents"}:
+        raise JobError(
+            "with a secret text encoder the parties hold the embeddings; a callback can ask for 'latents' alone"
+        )
     if len(heard) != (2 if guided else 1):
         raise JobError(
             "with a secret text encoder give prompt_embeds and negative_prompt_embeds both, or neither of them"
         )
     return embeds, torch.cat(heard[::-1])
+
+
+@contextlib.contextmanager
+def _untold(pipe: Any, request: Request, guided: bool) -> Iterator[None]:
+    """diffusers quotes in its log what it cuts off a long prompt; say that something is cut, and not what."""
+    longest, texts = pipe.tokenizer.model_max_length, []
+    for given in (request.prompt, request.negative_prompt if guided else None):
+        texts += [given] if isinstance(given, str) else given or []
+    if texts and max(map(len, pipe.tokenizer(texts).input_ids)) > longest:
+        log.warning(
+            "a prompt has more than the %d tokens that the text encoder takes; the rest is cut off", longest
+        )
+    theirs = logging.getLogger(type(pipe).__module__)
+    kept = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(kept)
+
+
+def _texts(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(text, str) for text in given)
 
 
 def _latents(request: Request, shape: tuple[int, ...]) -> Tensor:
@@ -199,19 +347,39 @@ def _latents(request: Request, shape: tuple[int, ...]) -> Tensor:
         raise JobError(
             f"{len(generator)} generators were given for {shape[0]} images; give one, or one for each"
         )
-    if request.latents is None:
+    if request.latents is not None:
+        return request.latents.detach().to("cpu", torch.float32)
+    with in_a_sentence():
         drawn: Tensor = randn_tensor(shape, generator=generator, dtype=torch.float32)
-        return drawn
-    if tuple(request.latents.shape) != shape:
-        raise JobError(f"latents must have the shape {shape}, not {tuple(request.latents.shape)}")
-    return request.latents.detach().to(torch.float32)
+    return drawn
 
 
-def _size(pipe: Any, request: Request) -> tuple[int, int]:
+def _shape(pipe: Any, request: Request, batch: int) -> tuple[int, ...]:
+    """The latents' shape: that of the caller's own, or of the image that is asked for."""
+    height, width = image_size(pipe, request)
+    factor, channels = pipe.vae_scale_factor, pipe.unet.config.in_channels
+    wanted = (batch, channels, height // factor, width // factor)
+    if request.latents is None:
+        return wanted
+    given = tuple(request.latents.shape)
+    # As in diffusers, latents may have a size of their own; one that contradicts height and width is a mistake.
+    sized = bool(request.height and request.width)
+    if len(given) != 4 or given[:2] != wanted[:2] or (sized and given != wanted):
+        raise JobError(f"latents must have the shape {wanted}, not {given}")
+    return given
+
+
+def image_size(pipe: Any, request: Request) -> tuple[int, int]:
+    """Pixels. As in diffusers, the model's own size unless both are given."""
+    if request.height and request.width:
+        if request.height < 0 or request.width < 0:
+            raise JobError(f"height and width must be positive, not {request.height} and {request.width}")
+        return request.height, request.width
     size = pipe.unet.config.sample_size
+    if size is None:
+        raise JobError("this U-Net names no sample_size; give height and width")
     height, width = (size, size) if isinstance(size, int) else size
-    factor = pipe.vae_scale_factor
-    return request.height or height * factor, request.width or width * factor
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 def _guidance_embedding(pipe: Any, request: Request, batch: int) -> Tensor:

@@ -172,7 +172,7 @@ class Plan:
                 Calibration.from_json(data["calibration"]) if "calibration" in data else Calibration(),
                 tuple(data.get("notes", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CaptureError(f"this is not the JSON of a plan ({type(error).__name__})") from error
         if set(plan.places) != set(plan.program.types):
             raise CaptureError("this plan does not place every value of its program")

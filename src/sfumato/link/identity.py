@@ -1,8 +1,8 @@
-"""Who is at the other end: TLS 1.3 contexts, identities in certificates, dialling and answering with one
-hello each.
+"""Who is at the other end: TLS 1.3 contexts, identities in certificates, dialling and answering with one hello each.
 
-An identity is the one URI name in a certificate: ``sfumato://party/0`` or ``sfumato://client/NAME``. Both
-ends check it after the TLS handshake, and whoever refuses says why, so that both ends report the same cause.
+An identity is the one URI name in a certificate: ``sfumato://party/0``, ``sfumato://client/NAME`` or
+``sfumato://owner/NAME``. Both ends check it after the TLS handshake, and whoever refuses says why, so that both ends
+report the same cause.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ from typing import Any
 from sfumato.errors import LinkError
 from sfumato.link.base import PeerAbort, public_text
 from sfumato.link.frames import HEADER_BYTES, Kind, abort_payload, pack_header, parse_abort, parse_header
+from sfumato.link.preamble import preamble
 
 __all__ = [
     "Credentials",
     "answer",
     "client_identity",
+    "connect",
     "dial",
     "fingerprint_of",
     "identity_of",
     "listen",
+    "owner_identity",
     "party_identity",
+    "read_fields",
     "refuse",
+    "send_fields",
     "welcome",
 ]
 
@@ -85,6 +90,11 @@ def client_identity(name: str) -> str:
     return f"sfumato://client/{name}"
 
 
+def owner_identity(name: str) -> str:
+    """The identity in the certificate of the model owner called ``name``."""
+    return f"sfumato://owner/{name}"
+
+
 def identity_of(sock: ssl.SSLSocket) -> str:
     """The identity in the peer's verified certificate; ``LinkError`` when it has none or several."""
     certificate: Mapping[str, Any] = sock.getpeercert() or {}
@@ -108,21 +118,20 @@ def listen(host: str, port: int) -> socket.socket:
         raise LinkError(f"cannot listen on {host} port {port} ({error.strerror or error})") from None
 
 
-def dial(
+def connect(
     address: tuple[str, int],
     context: ssl.SSLContext,
     *,
     name: str,
     identity: str,
-    hello: dict[str, Any],
     timeout_s: float,
     fingerprint: str | None = None,
-    give_up: Callable[[], bool] | None = None,
-) -> tuple[ssl.SSLSocket, dict[str, Any]]:
-    """Connect to ``address``, check that it is ``identity``, send ``hello``; (socket, its welcome).
+    run: str | None = None,
+) -> ssl.SSLSocket:
+    """Connect to ``address`` for ``run`` (None: a control connection) and check that it is ``identity``.
 
-    A refused connection is tried again until ``timeout_s``: the peer may be starting. Errors: ``LinkError``
-    naming the peer; `PeerAbort` when the peer answered with a refusal.
+    A refused connection is tried again until ``timeout_s``: the peer may be starting. Raises ``LinkError`` naming the
+    peer. The other side may still refuse our certificate: that shows at the first `read_fields`.
     """
     where = f"{name} ({address[0]}:{address[1]})"
     deadline = time.monotonic() + timeout_s
@@ -130,27 +139,87 @@ def dial(
     try:
         _tune(raw)
         raw.settimeout(max(0.01, deadline - time.monotonic()))
+        raw.sendall(preamble(run))
         sock = context.wrap_socket(raw, do_handshake_on_connect=False)
-    except BaseException:
+    except BaseException as error:
         raw.close()
+        if isinstance(error, OSError):
+            raise _explained(error, where, timeout_s) from None
         raise
     try:
         sock.do_handshake()
         _check_peer(sock, identity, fingerprint)
-        _send(sock, Kind.HELLO, json.dumps(hello).encode(), deadline)
-        kind, payload = _read(sock, deadline, give_up)
-        if kind == Kind.ABORT:
-            reason, error_kind, origin = parse_abort(payload)
-            raise PeerAbort(f"{where} refused: {reason}", reason=reason, kind=error_kind, origin=origin)
-        if kind != Kind.HELLO:
-            raise LinkError("answered the hello with something else")
-        return sock, _parse_hello(payload)
+        return sock
     except BaseException as error:
         sock.close()
-        if isinstance(error, PeerAbort):
-            raise
         if isinstance(error, (LinkError, OSError)):
-            raise LinkError(_explain(error, where, timeout_s)) from None
+            raise _explained(error, where, timeout_s) from None
+        raise
+
+
+def send_fields(sock: ssl.SSLSocket, fields: Mapping[str, Any], timeout_s: float) -> None:
+    """One JSON object to the other end of a hello or a control connection. Raises ``OSError``."""
+    _send(sock, Kind.HELLO, json.dumps(fields).encode(), time.monotonic() + timeout_s)
+
+
+def read_fields(
+    sock: ssl.SSLSocket, where: str, timeout_s: float, give_up: Callable[[], bool] | None = None
+) -> dict[str, Any]:
+    """The next JSON object from the other end, which messages call ``where``.
+
+    Raises ``LinkError``, and `PeerAbort` when the other end says why it does not go on. ``give_up`` is asked ten times
+    a second whether to stop waiting.
+    """
+    try:
+        return _read_fields(sock, where, time.monotonic() + timeout_s, give_up)
+    except TimeoutError:
+        raise LinkError(f"{where} said nothing for {timeout_s:g} s") from None
+    except (ConnectionError, ssl.SSLEOFError):
+        raise LinkError(f"{where} closed the connection") from None
+    except (LinkError, OSError) as error:
+        raise _explained(error, where, timeout_s) from None
+
+
+def _read_fields(
+    sock: ssl.SSLSocket, where: str, deadline: float, give_up: Callable[[], bool] | None = None
+) -> dict[str, Any]:
+    kind, payload = _read(sock, deadline, give_up)
+    if kind == Kind.ABORT:
+        reason, error_kind, origin = parse_abort(payload)
+        raise PeerAbort(f"{where} refused: {reason}", reason=reason, kind=error_kind, origin=origin)
+    if kind != Kind.HELLO:
+        raise LinkError("answered the hello with something else")
+    return _parse_hello(payload)
+
+
+def dial(
+    address: tuple[str, int],
+    context: ssl.SSLContext,
+    *,
+    name: str,
+    identity: str,
+    hello: Mapping[str, Any],
+    timeout_s: float,
+    fingerprint: str | None = None,
+    run: str | None = None,
+    give_up: Callable[[], bool] | None = None,
+) -> tuple[ssl.SSLSocket, dict[str, Any]]:
+    """`connect`, then send ``hello``; (socket, its welcome).
+
+    Errors: ``LinkError`` naming the peer; `PeerAbort` when the peer answered with a refusal.
+    """
+    where = f"{name} ({address[0]}:{address[1]})"
+    deadline = time.monotonic() + timeout_s
+    sock = connect(
+        address, context, name=name, identity=identity, timeout_s=timeout_s, fingerprint=fingerprint, run=run
+    )
+    try:
+        _send(sock, Kind.HELLO, json.dumps(hello).encode(), deadline)
+        return sock, _read_fields(sock, where, deadline, give_up)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, (LinkError, OSError)):
+            raise _explained(error, where, timeout_s) from None
         raise
 
 
@@ -171,7 +240,7 @@ def answer(
     except BaseException as error:
         raw.close()
         if isinstance(error, OSError):
-            raise LinkError(_explain(error, where, timeout_s)) from None
+            raise _explained(error, where, timeout_s) from None
         raise
     try:
         sock.do_handshake()
@@ -190,17 +259,15 @@ def answer(
             refuse(sock, f"{error}")
         else:
             sock.close()
-        if isinstance(error, PeerAbort):
-            raise
         if isinstance(error, (LinkError, OSError)):
-            raise LinkError(_explain(error, where, timeout_s)) from None
+            raise _explained(error, where, timeout_s) from None
         raise
 
 
 def welcome(sock: ssl.SSLSocket, fields: dict[str, Any], timeout_s: float) -> None:
     """Accept the caller's hello."""
     try:
-        _send(sock, Kind.HELLO, json.dumps(fields).encode(), time.monotonic() + timeout_s)
+        send_fields(sock, fields, timeout_s)
     except OSError as error:
         sock.close()
         raise LinkError(_explain(error, "the caller", timeout_s)) from None
@@ -293,7 +360,7 @@ def _read_exactly(
                 raise LinkError("was left, as the session ended meanwhile") from None
             continue
         if not part:
-            raise LinkError("closed the connection during the handshake")
+            raise ConnectionResetError
         data += part
     return bytes(data)
 
@@ -312,8 +379,14 @@ def _tls_reason(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return public_text(error.verify_message)
     if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.lower().replace("_", " ")
+        words = error.reason.lower().replace("_", " ")
+        return words.rpartition(" alert ")[2]  # without the version that the alert's name begins with
     return public_text(str(getattr(error, "strerror", None) or type(error).__name__))
+
+
+def _explained(error: BaseException, where: str, timeout_s: float) -> LinkError:
+    """The error to raise; an abort speaks for itself."""
+    return error if isinstance(error, PeerAbort) else LinkError(_explain(error, where, timeout_s))
 
 
 def _explain(error: BaseException, where: str, timeout_s: float) -> str:

@@ -215,6 +215,12 @@ class TlsLink(Link):
             for channel in self._channels.values():
                 channel.reader.join(max(0.0, deadline - time.monotonic()))
 
+    def linger(self, timeout_s: float) -> None:
+        """After the end: wait until the peers have closed, too, so that they have read our last words."""
+        deadline = time.monotonic() + timeout_s
+        for channel in self._channels.values():
+            channel.reader.join(max(0.0, deadline - time.monotonic()))
+
     def _set_hungry(self, value: bool) -> None:
         with self._arrived:
             self._hungry = value

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -15,20 +12,18 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sfumato.errors import JobError, RangeError
+from sfumato.errors import RangeError
 from sfumato.graph.certificate import failed, sample_count, watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode, encode_scalar
-from sfumato.ring.prg import stream_words
 from sfumato.runtime import commands, weights
-from sfumato.runtime.client import RemoteSession
-from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.commands import (
     Affine,
     Call,
     Certify,
     Command,
+    Describe,
     Drop,
     Load,
     Put,
@@ -37,16 +32,13 @@ from sfumato.runtime.commands import (
     WeightSpec,
     WeightsSpec,
 )
+from sfumato.runtime.components import split
 from sfumato.runtime.lineage import Lineage
-from sfumato.runtime.local import LocalCluster
-from sfumato.runtime.machine import PartyMachine
 from sfumato.runtime.report import CostReport, Took, merged_rows
-from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
-from sfumato.session.ledger import Row
-from sfumato.session.randomness import PairStreams
-from sfumato.types import Z64, Ring, Shared
+from sfumato.runtime.shared_model import Description, read_description
+from sfumato.types import Z64, Ring
 
-__all__ = ["Backend", "Lockstep", "Remote", "Term", "open_backend"]
+__all__ = ["Backend", "Term", "tensor_bytes"]
 
 #: Fraction bits of the coefficients of an affine combination.
 COEFFICIENT_FRAC = 24
@@ -93,16 +85,13 @@ class Backend(ABC):
 
         Runs of another plan of this name are judged by that one first.
         """
-        before = self._lineage.waiting().get(name)
-        if before:
-            self._judge({name: before})
-        self._plans[name] = plan
+        self._begin(name, plan)
         values = load_side(plan)
         public = {n: t.contiguous() for n, t in values.publics.items()}
         items = tuple(WeightSpec(n, str(Z64), 0, tuple(t.shape)) for n, t in public.items())
         document = plan.for_parties()
         folder = self._weights_folder
-        if folder is not None and _bytes(list(public.values())) > _LARGE_WEIGHTS:
+        if folder is not None and tensor_bytes(list(public.values())) > _LARGE_WEIGHTS:
             document["weights_file"] = weights.stored(folder, public)
             self._command(Load(name, document, WeightsSpec("stored", items)), setup=True)
         else:
@@ -112,6 +101,32 @@ class Backend(ABC):
         for weight, tensor in values.secrets.items():
             type = plan.secret_type(weight)
             self.put(self._secret_weights[name][weight], tensor, type.frac, type.ring, setup=True)
+
+    def describe(self, model: str) -> Description:
+        """What the owner of a shared model offers, the same at all three parties.
+
+        Raises:
+            JobError: there is no such model for this client, the parties differ, or these are no parties of a cluster.
+        """
+        return read_description(self._command(Describe(model), setup=True))
+
+    def load_shared(self, name: str, description: Description, digest: str) -> None:
+        """Like :meth:`load`, of a plan that the owner approved, with the weights that the parties keep.
+
+        Raises:
+            JobError: the parties hold another share of the model by now, or their files are damaged.
+        """
+        self._begin(name, description.plans[digest])
+        named = {"model": description.name, "share": description.share_id, "plan": digest}
+        self._command(Load(name, named, WeightsSpec("model")), setup=True)
+        self._secret_weights[name] = {}
+
+    def _begin(self, name: str, plan: Plan) -> None:
+        """Runs of another plan of this name are judged by that one, before ``plan`` takes it."""
+        before = self._lineage.waiting().get(name)
+        if before:
+            self._judge({name: before})
+        self._plans[name] = plan
 
     def put(
         self, handle: str, values: Tensor, frac: int = 18, ring: Ring = Z64, *, setup: bool = False
@@ -278,9 +293,11 @@ class Backend(ABC):
     ) -> list[tuple[dict[str, Any], list[Tensor]]]:
         given = attachments or [[] for _ in range(self._parties)]
         replies = self._send(command, given)
-        size = sum(_bytes(tensors) for tensors in given) + sum(_bytes(tensors) for _, tensors in replies)
+        size = sum(tensor_bytes(tensors) for tensors in given) + sum(
+            tensor_bytes(tensors) for _, tensors in replies
+        )
         if isinstance(command, Call):
-            size += self._parties * _bytes(list(command.publics.values()))
+            size += self._parties * tensor_bytes(list(command.publics.values()))
         if setup:
             self._setup_bytes += size
         elif count:
@@ -288,17 +305,12 @@ class Backend(ABC):
         return replies
 
     def _split(self, values: Tensor, ring: Ring, frac: int) -> list[list[Tensor]]:
-        """Attachments per party: components 0 and 1 are seeded streams, component 2 is the rest."""
+        """Attachments per party: seeds and words of its components."""
         meta = self.device == "meta"
         words = encode(values.to("meta") if meta else values, ring, frac)
         if self._parties == 1:
             return [[words]]
-        seeds = [torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8) for _ in range(2)]
-        shape = tuple(words.shape)
-        device = "meta" if meta else "cpu"
-        masks = [stream_words(seed.numpy().tobytes(), "put", ring, shape, device) for seed in seeds]
-        rest = Rep3.split(words, ring, masks)[2]
-        return [[seeds[0], seeds[1]], [seeds[1], rest], [rest, seeds[0]]]
+        return split(words, ring)
 
     def __enter__(self) -> Self:
         return self
@@ -309,7 +321,8 @@ class Backend(ABC):
         self.close()
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of their elements, as they travel."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -321,193 +334,3 @@ def _samples_of(run: str) -> str:
 def _took(replies: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> tuple[Took, ...]:
     """What the parties say they spent; empty where they do not."""
     return tuple(Took(**reply["took"]) for reply, _ in replies if "took" in reply)
-
-
-#: The clock of a party that a message chain does not start from.
-_NEVER = -(1 << 40)
-
-
-class _Repeat(NamedTuple):
-    """What one call of a plan costs: path lengths from party j's start to party i's end, ledger rows, the lengths at
-    which something leaves for a peer, result types."""
-
-    lengths: list[tuple[int, ...]]
-    rows: list[dict[str, Row]]
-    departures: list[set[tuple[int, tuple[int, ...]]]]
-    values: list[list[Shared]]
-
-    @staticmethod
-    def of(machines: Sequence[PartyMachine], command: Call) -> _Repeat:
-        """Read it off machines that have just run the call from unit clocks."""
-        prefix = f"/{command.path}"
-        rows = [
-            {
-                p[len(prefix) :]: row
-                for p, row in machine.ledger.rows.items()
-                if p == prefix or p.startswith(f"{prefix}/")
-            }
-            for machine in machines
-        ]
-        departures = [set(machine.ledger.relative) for machine in machines]
-        for machine in machines:
-            machine.ledger.relative.clear()
-        lengths = [machine.clock for machine in machines]
-        return _Repeat(
-            [clock if isinstance(clock, tuple) else (clock,) for clock in lengths],
-            rows,
-            departures,
-            [machine.known(command) for machine in machines],
-        )
-
-    def book(self, machines: Sequence[PartyMachine], command: Call) -> None:
-        """The same call under another path: rows and result types."""
-        for machine, rows, values in zip(machines, self.rows, self.values, strict=True):
-            for suffix, row in rows.items():
-                machine.ledger.rows[f"/{command.path}{suffix}"] = replace(row)
-            machine.remember(command, values)
-
-    def advance(self, machines: Sequence[PartyMachine], starts: Sequence[int]) -> None:
-        """Move the parties' clocks on from where they start, and count what leaves on the way by true rounds."""
-
-        def after(lengths: tuple[int, ...]) -> int:
-            return max(length + start for length, start in zip(lengths, starts, strict=True))
-
-        for machine, lengths, departures in zip(machines, self.lengths, self.departures, strict=True):
-            machine.ledger.begin()
-            for to, departure in departures:
-                machine.ledger.depart(to, after(departure))
-            machine.clock = after(lengths)
-
-
-class Lockstep(Backend):
-    """All parties in this process, in one thread: ``simulate``, ``plain`` and ``meta``."""
-
-    def __init__(self, kind: str, options: Mapping[str, Any], *, seed: bytes | None = None) -> None:
-        super().__init__(certify=bool(options.get("certificate", True)))
-        self.protocol = "plain" if kind == "plain" else str(options.get("protocol", "rep3"))
-        self.device = "meta" if kind == "meta" else "cpu"
-        count = 1 if self.protocol == "plain" else 3
-        links = LockstepLink.mesh(count)
-        seed = seed or os.urandom(32)
-        self._machines = [
-            PartyMachine(
-                i,
-                links[i],
-                PairStreams(simulation_keys(seed, i, count), self.device),
-                {**options, "protocol": self.protocol},
-                device=self.device,
-            )
-            for i in range(count)
-        ]
-        self._links = links
-        self._repeats: dict[str, _Repeat] = {}
-
-    @property
-    def _parties(self) -> int:
-        return len(self._machines)
-
-    def _send(
-        self, command: Command, attachments: Sequence[Sequence[Tensor]]
-    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        if isinstance(command, Load):
-            # A plan reaches real parties as JSON text; what does not survive that must fail here, too.
-            command = replace(command, plan=json.loads(json.dumps(command.plan)))
-        tasks = [
-            Scheduler(link, machine.perform(command, list(own)))
-            for link, machine, own in zip(self._links, self._machines, attachments, strict=True)
-        ]
-        # Here and not in the coroutines: those are interleaved, and would leave the mode on.
-        with torch.inference_mode():
-            return lockstep(tasks)
-
-    def _call(self, command: Call) -> Sequence[Took]:
-        """On shapes, a plan's calls all cost the same: the first is run, the others repeat its rows, and its matrix of
-        path lengths moves the clocks on."""
-        if self.device != "meta":
-            return super()._call(command)
-        machines = self._machines
-        starts = [clock for machine in machines if isinstance(clock := machine.clock, int)]
-        repeat = self._repeats.get(command.name)
-        if repeat is None:
-            for i, machine in enumerate(machines):
-                machine.clock = tuple(0 if j == i else _NEVER for j in range(len(starts)))
-            super()._call(command)
-            repeat = self._repeats[command.name] = _Repeat.of(machines, command)
-        else:
-            self._client_bytes += self._parties * _bytes(list(command.publics.values()))
-            repeat.book(machines, command)
-        repeat.advance(machines, starts)
-        return ()
-
-    def close(self) -> None:
-        for machine in self._machines:
-            machine.close()
-
-
-class Remote(Backend):
-    """Three real parties over mTLS: a cluster file's, or processes of this machine started for the session."""
-
-    _measured = True
-
-    def __init__(
-        self, cluster: str | Path | None, keys: str | Path | None, options: Mapping[str, Any]
-    ) -> None:
-        super().__init__(certify=bool(options.get("certificate", True)))
-        self.protocol = str(options.get("protocol", "rep3"))
-        self._local: LocalCluster | None = None
-        self._open: RemoteSession | None = None
-        if cluster is None:
-            self._local = LocalCluster(threads=options.get("threads"))
-            self._weights_folder = self._local.folder
-            self._given = {name: value for name, value in options.items() if name != "threads"}
-        else:
-            path = Path(cluster)
-            self._open = RemoteSession(Cluster.load(path), keys or path.parent, dict(options))
-
-    @property
-    def _session(self) -> RemoteSession:
-        """The session; with local parties it is opened at the first command, so that they start meanwhile."""
-        if self._open is None:
-            assert self._local is not None
-            self._open = self._local.session(self._given)
-        return self._open
-
-    @property
-    def _parties(self) -> int:
-        return 3
-
-    def _send(
-        self, command: Command, attachments: Sequence[Sequence[Tensor]]
-    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        return self._session.send(command, attachments)
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-        if self._local is not None:
-            self._local.close()
-
-
-def open_backend(
-    backend: str = "local",
-    *,
-    protocol: str = "rep3",
-    cluster: str | Path | None = None,
-    keys: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Backend:
-    """A session: ``local`` (three processes over mTLS), ``simulate``, ``plain`` or ``meta`` (shapes alone), or the
-    parties of a cluster file.
-
-    Raises:
-        JobError: an unknown backend.
-        LinkError: the parties cannot be reached.
-    """
-    given = {"protocol": protocol, **(options or {})}
-    if cluster is not None:
-        return Remote(cluster, keys, given)
-    if backend == "local" and protocol != "plain":
-        return Remote(None, None, given)
-    if backend in ("simulate", "plain", "meta", "local"):
-        return Lockstep("plain" if protocol == "plain" else backend, given)
-    raise JobError(f"there is no backend {backend!r}; use local, simulate, plain or meta")

@@ -1,31 +1,20 @@
-"""Who computes: the cluster file (three parties and the limits of their links) and the private authority
-behind it."""
+"""Who computes: the cluster file, that is three parties and the limits of their links."""
 
 from __future__ import annotations
 
-import datetime
 import ipaddress
-import os
 import re
-import shutil
-import tempfile
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
 from sfumato.errors import JobError
-from sfumato.link.identity import client_identity, party_identity
+from sfumato.link.tls import LinkLimits
 
-__all__ = ["Cluster", "Limits", "Member", "init_cluster"]
+__all__ = ["Cluster", "Limits", "Member", "link_limits", "with_ports"]
 
-_VALID_DAYS = 365
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
@@ -189,159 +178,15 @@ def _is_host(host: str) -> bool:
         )
 
 
-def init_cluster(
-    folder: Path | str,
-    *,
-    hosts: Sequence[str] = ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
-    ports: Sequence[int] = (8440, 8441, 8442),
-    names: Sequence[str] = ("party0", "party1", "party2"),
-    clients: Sequence[str] = ("client",),
-    limits: Limits | None = None,
-) -> Cluster:
-    """Make a private authority, certificates for three parties and the clients, and one folder for each
-    operator.
+def link_limits(cluster: Cluster) -> LinkLimits:
+    """The link's bounds from the cluster file."""
+    limits = cluster.limits
+    return LinkLimits(max_frame_bytes=limits.max_frame_bytes, stall_s=limits.stall_s)
 
-    ``folder/party0`` .. ``party2`` and ``folder/NAME`` of each client hold ``cluster.toml``,
-    ``authority.pem``, ``certificate.pem`` and ``key.pem`` (mode 0600): all that its operator needs, and
-    nothing of the others. The authority's own key is used here once and never written. Certificates are valid
-    for one year.
 
-    Raises ``JobError`` when the folder already holds something, or a host, port or name is not valid; nothing
-    is written then.
-    """
-    folder = Path(folder)
-    if len(hosts) != 3 or len(ports) != 3 or len(names) != 3:
-        raise JobError("a cluster has three parties; give three hosts, three ports and three names")
-    for client in clients:
-        if not _NAME.match(client) or re.fullmatch(r"party[0-2]", client):
-            raise JobError(
-                "a client's name must be 1 to 63 letters, digits, '.', '_' or '-', and not a party's folder"
-            )
-    if not clients or len(set(clients)) < len(clients):
-        raise JobError("give at least one client, and each client once")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise JobError(f"{folder} already exists and is not empty; choose a new folder, nothing was changed")
-    draft = Cluster(
-        parties=tuple(Member(name=n, host=h, port=p) for n, h, p in zip(names, hosts, ports, strict=True)),  # type: ignore[arg-type]
-        limits=limits or Limits(),
+def with_ports(cluster: Cluster, ports: Sequence[int]) -> Cluster:
+    """The same cluster on other ports."""
+    first, second, third = (
+        replace(member, port=int(port)) for member, port in zip(cluster.parties, ports, strict=True)
     )
-    Cluster.parse(draft.to_toml())
-    authority = _Authority()
-    issued = [
-        authority.issue(party_identity(i), m.name, m.host, serves=True) for i, m in enumerate(draft.parties)
-    ]
-    members = [
-        Member(
-            name=m.name,
-            host=m.host,
-            port=m.port,
-            fingerprint=f"sha256:{certificate.fingerprint(hashes.SHA256()).hex()}",
-        )
-        for m, (certificate, _) in zip(draft.parties, issued, strict=True)
-    ]
-    cluster = Cluster(parties=(members[0], members[1], members[2]), limits=draft.limits)
-    shelves = {f"party{i}": pair for i, pair in enumerate(issued)}
-    shelves |= {name: authority.issue(client_identity(name), name, None, serves=False) for name in clients}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))  # mode 0700
-    try:
-        for shelf, (certificate, key) in shelves.items():
-            target = draft_folder / shelf
-            target.mkdir(mode=0o700)
-            _write(target / "cluster.toml", cluster.to_toml().encode(), 0o644)
-            _write(
-                target / "authority.pem",
-                authority.certificate.public_bytes(serialization.Encoding.PEM),
-                0o644,
-            )
-            _write(target / "certificate.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-            pem = key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-            _write(target / "key.pem", pem, 0o600)
-        _write(draft_folder / "cluster.toml", cluster.to_toml().encode(), 0o644)
-        os.replace(draft_folder, folder)  # all or nothing
-    except OSError as error:
-        shutil.rmtree(draft_folder, ignore_errors=True)
-        raise JobError(f"cannot write {folder} ({error.strerror})") from None
-    return cluster
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-
-
-class _Authority:
-    """A certificate authority that lives as long as one `init_cluster`."""
-
-    def __init__(self) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sfumato cluster authority")])
-        self._identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
-        usage = _usage(signs_certificates=True)
-        self.certificate = (
-            self._begin(name, name, self._key.public_key())
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .add_extension(self._identifier, critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def issue(
-        self, identity: str, name: str, host: str | None, *, serves: bool
-    ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-        """A certificate for ``identity`` and its new key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity)]
-        if host is not None:
-            try:
-                names.append(x509.IPAddress(ipaddress.ip_address(host)))
-            except ValueError:
-                names.append(x509.DNSName(host))
-        purposes = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if serves else [])]
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate = (
-            self._begin(subject, self.certificate.subject, key.public_key())
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._identifier),
-                critical=False,
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-        return certificate, key
-
-    @staticmethod
-    def _begin(
-        subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
-    ) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(days=_VALID_DAYS))
-        )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    return replace(cluster, parties=(first, second, third))

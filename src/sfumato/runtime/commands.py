@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
     "Certify",
     "Close",
     "Command",
+    "Describe",
     "Drop",
     "Load",
     "Put",
@@ -58,9 +59,11 @@ class WeightsSpec:
     """The public weights of a plan. ``public``: the same float tensors for all parties (attached, part of the digest).
 
     ``stored``: a file of this host that the parties map, named by its content. Secret weights come by `Put`.
+    ``model``: those of a model that its owner shared, secret ones included; the plan is named, too:
+    ``{"model": name, "share": share id, "plan": digest}``.
     """
 
-    form: Literal["public", "stored"]
+    form: Literal["public", "stored", "model"]
     items: tuple[WeightSpec, ...] = ()
 
 
@@ -71,6 +74,13 @@ class Load:
     name: str
     plan: dict[str, Any]
     weights: WeightsSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """What the owner of ``model`` offers: plans and files for clients (party 0), their digest (all)."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,7 @@ class Close:
     """End the session."""
 
 
-Command = Load | Put | Call | Certify | Affine | Reveal | Drop | Stats | Close
+Command = Load | Describe | Put | Call | Certify | Affine | Reveal | Drop | Stats | Close
 
 
 def to_message(command: Command, attachments: Sequence[Tensor] = ()) -> tuple[dict[str, Any], list[Tensor]]:
@@ -202,6 +212,8 @@ def _describe(command: Command) -> tuple[dict[str, Any], list[Tensor]]:
             items = [[w.name, w.ring, w.frac, list(w.shape)] for w in command.weights.items]
             weights = {"form": command.weights.form, "items": items}
             return {"command": name, "name": command.name, "plan": command.plan, "weights": weights}, []
+        case Describe():
+            return {"command": name, "model": command.model}, []
         case Put():
             return {
                 "command": name,
@@ -304,13 +316,24 @@ def _read_load(fields: _Fields, _: list[Tensor]) -> Load:
     spec = _Fields(fields.take("weights", dict))
     form, rows = spec.take("form", str), spec.take("items", list)
     spec.done()
-    if form not in ("public", "stored"):
-        raise JobError("the form of weights must be public or stored")
+    if form not in ("public", "stored", "model"):
+        raise JobError("the form of weights must be public, stored or model")
     items = []
     for row in rows:
         name, ring, frac, shape = _rows(row, "a weight", 4)
         items.append(WeightSpec(_handle(name), _ring(ring), _frac(frac), _shape(shape)))
-    return Load(fields.handle("name"), fields.take("plan", dict), WeightsSpec(form, tuple(items)))  # type: ignore[arg-type]
+    plan = fields.take("plan", dict)
+    if form == "model" and (items or set(plan) != {"model", "share", "plan"} or not _all_text(plan.values())):
+        raise JobError("a shared model is loaded by its name, share and plan digest alone")
+    return Load(fields.handle("name"), plan, WeightsSpec(form, tuple(items)))  # type: ignore[arg-type]
+
+
+def _all_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _read_describe(fields: _Fields, _: list[Tensor]) -> Describe:
+    return Describe(fields.take("model", str))
 
 
 def _read_put(fields: _Fields, _: list[Tensor]) -> Put:
@@ -375,6 +398,7 @@ def _read_affine(fields: _Fields, shared: list[Tensor]) -> Affine:
 
 _READERS: dict[str, Any] = {
     "Load": _read_load,
+    "Describe": _read_describe,
     "Put": _read_put,
     "Call": _read_call,
     "Certify": _read_certify,

@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from sfumato.errors import LinkError, ProtocolError
 from sfumato.link.base import Frame, Link, public_text, tag_of
-from sfumato.runtime.wire import canonical, parse_json
+from sfumato.link.preamble import PROTOCOL_VERSION
+from sfumato.runtime.canonical import canonical, parse_json
 
 __all__ = ["PROTOCOL_VERSION", "agree", "compare_digests", "package_version", "run_terms"]
 
-PROTOCOL_VERSION = 1
 _LABEL = "sfumato/pair-key/v1"
 
 

@@ -1,4 +1,5 @@
-"""A party's machine: a store of named shares, and what each command does to it.
+"""A party's machine: a store of named shares, and what each command does to it. Every value has a label that says
+whether the client may open it; weights are no values of this store, so that no command can name, replace or open them.
 
 The same class serves real party processes, one-thread simulations, runs on shapes alone, and ``plain``.
 """
@@ -10,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from sfumato.link.base import Link
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
-from sfumato.ring.prg import stream_words
 from sfumato.runtime import weights as weight_files
 from sfumato.runtime.commands import (
     Affine,
     Call,
     Certify,
     Command,
+    Describe,
     Drop,
     Load,
     Put,
@@ -40,6 +41,10 @@ from sfumato.runtime.commands import (
     Term,
     WeightSpec,
 )
+from sfumato.runtime.components import component
+from sfumato.runtime.handles import Handles, Loaded
+from sfumato.runtime.policy import OPEN, Host, Label, check_open
+from sfumato.runtime.shared_model import SharedModels
 from sfumato.session.drive import Scheduler
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
@@ -48,7 +53,6 @@ from sfumato.types import Ring, Secret, Shared
 
 __all__ = ["PartyMachine", "make_machine", "make_protocol"]
 
-_SEED_BYTES = 32
 _DEFAULT_STALL_S = 300.0
 _LARGEST_BYTES = 16 << 30
 
@@ -66,7 +70,14 @@ class PartyMachine:
     """One party's store and what it does for a client. Holds shares only as long as the session lives."""
 
     def __init__(
-        self, party: int, link: Link, streams: PairStreams, options: Mapping[str, Any], *, device: str = "cpu"
+        self,
+        party: int,
+        link: Link,
+        streams: PairStreams,
+        options: Mapping[str, Any],
+        *,
+        device: str = "cpu",
+        host: Host | None = None,
     ) -> None:
         self.protocol = make_protocol(options)
         self.ledger = Ledger()
@@ -77,11 +88,13 @@ class PartyMachine:
         self._largest = int(options.get("largest_bytes", _LARGEST_BYTES))
         self._files = str(options.get("weights_folder", ""))
         self._root = Session(party, link, streams, self.ledger, device=device)
-        self._handles: dict[str, Shared] = {}
+        self._host = host or Host()
+        self._models = SharedModels(self._host)
+        self._handles = Handles()
         # What runs left for their certificates, with the plan that judges it; no command opens or replaces it.
-        self._samples: dict[str, tuple[Plan, Shared]] = {}
+        self._samples: dict[str, tuple[Plan, Shared, Label]] = {}
         self._reveals = 0
-        self._plans: dict[str, tuple[Plan, Mapping[str, Tensor]]] = {}
+        self._plans: dict[str, Loaded] = {}
 
     # ---- commands -----------------------------------------------------------------------------------------------
 
@@ -108,25 +121,28 @@ class PartyMachine:
         self.ledger.begin()
         match command:
             case Load():
-                self._load(command, attachments)
+                self._plans[command.name] = self._loaded(command, attachments)
+            case Describe():
+                reply = self._models.describe(command.model)
             case Put():
                 spec = WeightSpec(command.handle, command.ring, command.frac, command.shape)
-                self._handles[command.handle] = self._received(spec, attachments)
+                self._handles.keep(command.handle, self._received(spec, attachments), OPEN)
             case Call():
                 await self._call(command)
             case Certify():
                 reply = await self._certify(command)
             case Affine():
-                self._handles[command.handle] = await self._affine(command)
+                label = _joined(self._handles.label(term.handle) for term in command.terms)
+                self._handles.keep(command.handle, await self._affine(command), label)
             case Reveal():
-                x = self._get(command.handle)
+                x = self._handles.value(command.handle)
+                check_open(self._handles.label(command.handle), repr(command.handle))
                 self._reveals += 1
                 session = self._root.fork(f"reveal{self._reveals}")
                 reply = ({"ring": str(x.ring), "frac": x.frac}, [self.protocol.summand(session, x)])
             case Drop():
                 if self._samples.pop(command.handle, None) is None:
-                    self._get(command.handle)  # names what is missing
-                    del self._handles[command.handle]
+                    self._handles.drop(command.handle)
             case Stats():
                 reply = (self._stats(), [])
             case _:
@@ -145,23 +161,30 @@ class PartyMachine:
     def known(self, command: Call) -> list[Shared]:
         """What a call made: its outputs, then its samples if it left any."""
         left = [self._samples[command.samples][1]] if command.samples is not None else []
-        return [*(self._get(handle) for handle in command.outputs), *left]
+        return [*(self._handles.value(handle) for handle in command.outputs), *left]
 
     def remember(self, command: Call, values: Sequence[Shared]) -> None:
         """Keep what :meth:`known` gave of another call as if this one had run: for runs on shapes."""
-        self._handles.update(zip(command.outputs, values, strict=False))
+        loaded = self._plans[command.name]
+        results, judged = loaded.outcome(map(self._handles.label, command.inputs.values()))
+        for handle, value in zip(command.outputs, values, strict=False):
+            self._handles.keep(handle, value, results)
         if command.samples is not None:
-            self._samples[command.samples] = (self._plans[command.name][0], values[-1])
+            self._samples[command.samples] = (loaded.plan, values[-1], judged)
 
     def close(self) -> None:
         """Forget every share and plan."""
         self._handles.clear()
         self._samples.clear()
         self._plans.clear()
+        self._models.close()
 
     # ---- what they do -------------------------------------------------------------------------------------------
 
-    def _load(self, command: Load, attachments: list[Tensor]) -> None:
+    def _loaded(self, command: Load, attachments: list[Tensor]) -> Loaded:
+        if command.weights.form == "model":
+            return self._models.load(command.plan)
+        self._host.check_own_plan()
         document = dict(command.plan)
         stored = document.pop("weights_file", None)
         plan = Plan.from_json(document)
@@ -173,7 +196,7 @@ class PartyMachine:
             held = {item.name: tensor for item, tensor in zip(items, attachments, strict=True)}
         else:
             held = weight_files.opened(Path(self._files), str(stored), [item.name for item in items])
-        self._plans[command.name] = (plan, held)
+        return Loaded(plan, held)
 
     @property
     def _parts_per_value(self) -> int:
@@ -190,21 +213,18 @@ class PartyMachine:
             raise JobError(
                 f"a share of {spec.name} comes as {self._parts_per_value} tensors, not {len(attachments)}"
             )
-        return Shared(type, tuple(self._component_of(type, spec.name, tensor) for tensor in attachments))
-
-    def _component_of(self, type: Secret, name: str, tensor: Tensor) -> Tensor:
         if self._device == "meta":
-            return torch.empty(type.shape, dtype=type.ring.dtype, device="meta")
-        if tensor.dtype == torch.uint8 and tensor.numel() == _SEED_BYTES:
-            return stream_words(tensor.numpy().tobytes(), "put", type.ring, type.shape)
-        if tensor.dtype != type.ring.dtype or tuple(tensor.shape) != type.shape:
-            raise JobError(f"the share of {name} is {tensor.dtype}{list(tensor.shape)}, not {type}")
-        return tensor
+            blank = torch.empty(type.shape, dtype=type.ring.dtype, device="meta")
+            return Shared(type, (blank,) * self._parts_per_value)
+        return Shared(type, tuple(component(type, spec.name, tensor) for tensor in attachments))
 
     async def _call(self, command: Call) -> None:
         if command.name not in self._plans:
             raise JobError(f"there is no plan {command.name!r} here; load it first")
-        plan, held = self._plans[command.name]
+        loaded = self._plans[command.name]
+        plan = loaded.plan
+        loaded.check(command.inputs, command.publics)
+        results, judged = loaded.outcome(map(self._handles.label, command.inputs.values()))
         secrets = {
             argument: self._argument(plan, argument, name) for argument, name in command.inputs.items()
         }
@@ -214,7 +234,9 @@ class PartyMachine:
             if not watched(plan):
                 raise JobError(f"nothing of the plan {command.name!r} is watched; it leaves no samples")
             samples = Samples(self.protocol, plan, session.path)
-        outputs = await execute(self.protocol, session, plan, secrets, command.publics, held, samples=samples)
+        outputs = await execute(
+            self.protocol, session, plan, secrets, command.publics, loaded.held, samples=samples
+        )
         if len(outputs) != len(command.outputs):
             raise JobError(
                 f"the plan {command.name!r} has {len(outputs)} outputs, {len(command.outputs)} were named"
@@ -222,8 +244,9 @@ class PartyMachine:
         if samples is not None and command.samples is not None:
             if command.samples in self._samples:
                 raise JobError(f"the run {command.path!r} has left samples before")
-            self._samples[command.samples] = (plan, samples.taken())
-        self._handles.update(zip(command.outputs, outputs, strict=True))
+            self._samples[command.samples] = (plan, samples.taken(), judged)
+        for handle, output in zip(command.outputs, outputs, strict=True):
+            self._handles.keep(handle, output, results)
 
     async def _certify(self, command: Certify) -> tuple[dict[str, Any], list[Tensor]]:
         """The client's summand of the violations of these runs; their samples are forgotten."""
@@ -233,9 +256,10 @@ class PartyMachine:
             raise JobError("a certificate needs samples of at least one run, each once, that wait here")
         for name, handles in command.runs:
             known = [self._samples[handle] for handle in handles]
-            if name not in self._plans or any(plan is not self._plans[name][0] for plan, _ in known):
+            if name not in self._plans or any(plan is not self._plans[name].plan for plan, _, _ in known):
                 raise JobError(f"these runs are not of the plan {name!r} that is loaded here")
-            runs.append((self._plans[name][0], [taken for _, taken in known]))
+            check_open(_joined(label for _, _, label in known), f"the certificate of {name!r}")
+            runs.append((self._plans[name].plan, [taken for _, taken, _ in known]))
         session = self._root.fork(command.path).fork("certificate", row=True)
         found = await violations(self.protocol, session, runs)
         for handle in every:
@@ -244,7 +268,7 @@ class PartyMachine:
         return {"ring": str(found.ring), "frac": found.frac}, [summand]
 
     def _argument(self, plan: Plan, argument: str, handle: str) -> Shared:
-        x = self._get(handle)
+        x = self._handles.value(handle)
         if argument not in plan.program.types:
             raise JobError(f"the plan has no input {argument!r}")
         expected = plan.secret_type(argument)
@@ -279,15 +303,10 @@ class PartyMachine:
         )
 
     def _sliced(self, term: Term) -> Shared:
-        x = self._get(term.handle)
+        x = self._handles.value(term.handle)
         if term.start is None:
             return x
         return self.protocol.linear(lambda part: part[term.start : term.stop], x)
-
-    def _get(self, handle: str) -> Shared:
-        if handle not in self._handles:
-            raise JobError(f"there is no value {handle!r} here; put it first")
-        return self._handles[handle]
 
     def _stats(self) -> dict[str, Any]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -302,6 +321,10 @@ class PartyMachine:
         if (sent := self._link.wire_bytes()) >= 0:
             stats["kernel_bytes"] = sent
         return stats
+
+
+def _joined(labels: Iterable[Label]) -> Label:
+    return OPEN.union(*labels)
 
 
 class _Meter:
@@ -336,7 +359,8 @@ def _signed(word: int) -> int:
 def make_machine(
     party: int, link: Link, pair_keys: dict[int, bytes], options: dict[str, Any]
 ) -> PartyMachine:
-    """What a party process runs for one session. The operator says how long it waits for a peer.
+    """What a party process runs for one session. The operator says how long it waits for a peer, and with
+    ``options["host"]`` (see `Host.of`; never the client's word) which models there are and whose plans run.
 
     Raises:
         InsecureError: the client asks for a protocol without secrecy.
@@ -347,4 +371,5 @@ def make_machine(
         )
     limits = getattr(link, "limits", None)
     stall_s = _DEFAULT_STALL_S if limits is None else limits.stall_s
-    return PartyMachine(party, link, PairStreams(pair_keys), {**options, "stall_s": stall_s})
+    host = Host.of(party, options.get("host"))
+    return PartyMachine(party, link, PairStreams(pair_keys), {**options, "stall_s": stall_s}, host=host)

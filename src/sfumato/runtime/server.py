@@ -1,393 +1,313 @@
-"""A party process: listens, meets the client and the other parties, and hands commands to its machine."""
+"""A party: a supervisor that listens, knows who may ask what, and gives every session a worker process.
+
+It never touches a share and imports no torch. Who connects says a preamble first (see `sfumato.link.identity`): control
+connections are answered here, connections of a run go to that run's worker, which does their TLS itself.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import ctypes
-import importlib
 import json
 import logging
 import os
-import re
-import select
+import selectors
 import signal
 import socket
-import ssl
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from sfumato.errors import JobError, LinkError, SfumatoError
-from sfumato.link.base import CLIENT, Link, PeerAbort, public_text
-from sfumato.link.identity import (
-    Credentials,
-    answer,
-    dial,
-    fingerprint_of,
-    listen,
-    party_identity,
-    refuse,
-    welcome,
-)
-from sfumato.link.tls import LinkLimits, TlsLink
-from sfumato.runtime.cluster import Cluster, Member
+from sfumato.link.base import public_text
+from sfumato.link.identity import listen
+from sfumato.link.preamble import PREAMBLE_BYTES, Preamble
+from sfumato.runtime import telemetry
+from sfumato.runtime.authority import certificate_days
+from sfumato.runtime.cluster import Cluster, with_ports
+from sfumato.runtime.forkserver import Forkserver
+from sfumato.runtime.jobs import JobQueue
+from sfumato.runtime.metrics import Metrics, OperationsServer
+from sfumato.runtime.passing import Pipe
+from sfumato.runtime.requests import Requests
+from sfumato.runtime.settings import PartySettings
+from sfumato.runtime.supervision import Supervised, Workplace
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sfumato.runtime.commands import Command
-
-__all__ = ["Machine", "MachineFactory", "PartyServer", "link_limits", "main", "public_reason", "serve_party"]
+__all__ = ["PartySupervisor", "main"]
 
 _log = logging.getLogger("sfumato.runtime.server")  # also when run as __main__
-_RUN = re.compile(r"[0-9a-f]{32}\Z")
-_MAX_GREETINGS = 32
+_MACHINE = "sfumato.runtime.machine:make_machine"
+_MOST_CALLERS = 128  # that have not said their preamble
+_MOST_EARLY = 32  # connections for runs that are not granted yet
+_MOST_REQUESTS = 32  # control connections that have not said who they are
+_STOP_S = 1.0
+_LOOK_S = 6 * 3600.0
+_SOON_DAYS = 30
 
 
-class Machine(Protocol):
-    """What executes commands at one party."""
+@dataclass(eq=False)
+class _Caller:
+    """A connection that has not said its whole preamble, or comes before its run."""
 
-    def handle(self, command: Command, attachments: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
-        """Do ``command``; the reply's fields and tensors go to the client."""
-
-    def close(self) -> None:
-        """Forget every share."""
-
-
-MachineFactory = Callable[[int, Link, dict[int, bytes], dict[str, Any]], Machine]
-"""``make_machine(party, link, pair_keys, options)``, called once per session."""
+    sock: socket.socket
+    deadline: float
+    said: bytes = b""
+    run: str = ""
 
 
-def public_reason(error: BaseException, party: int) -> tuple[str, str, int]:
-    """(sentence, error class, origin) that others may see of a failure. Texts of foreign exceptions may hold
-    values: not shown."""
-    if isinstance(error, PeerAbort):
-        return error.reason, error.kind, error.origin
-    if isinstance(error, SfumatoError):
-        return public_text(str(error)), type(error).__name__, party
-    return f"internal error in party {party} ({type(error).__name__})", "SfumatoError", party
+class PartySupervisor:
+    """Party ``index`` of ``cluster``, until `stop`.
 
-
-def link_limits(cluster: Cluster) -> LinkLimits:
-    """The link's bounds from the cluster file."""
-    limits = cluster.limits
-    return LinkLimits(max_frame_bytes=limits.max_frame_bytes, stall_s=limits.stall_s)
-
-
-class PartyServer:
-    """One party: any number of sessions, one at a time, each with fresh keys and an empty store.
-
-    ``terms``: extra text all parties must agree on. ``busy_wait_s``: how long a second client waits for the
-    first to end.
+    ``terms``: extra text all parties must agree on. ``weights_folder``: of public weights that a client on this host
+    may name. ``threads``: of each worker.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         index: int,
-        keys_folder: Path | str,
-        make_machine: MachineFactory,
+        folder: Path | str,
+        forkserver: Forkserver,
+        settings: PartySettings,
         *,
         listener: socket.socket | None = None,
         terms: Mapping[str, str] | None = None,
-        busy_wait_s: float = 2.0,
         weights_folder: Path | None = None,
+        threads: int | None = None,
+        log: str = "text",
     ) -> None:
         if index not in (0, 1, 2):
             raise JobError(f"there is no party {index}; use 0, 1 or 2")
-        self.cluster, self.index = cluster, index
-        self._make_machine = make_machine
-        self._terms = dict(terms or {})
-        # What a client must not choose: which files this host reads.
-        self._operator = {
-            "weights_folder": "" if weights_folder is None else str(weights_folder),
-            "largest_bytes": cluster.limits.max_message_bytes,
-        }
-        self._busy_wait_s = busy_wait_s
-        credentials = Credentials.in_folder(keys_folder)
-        self._as_server = credentials.context(server=True)
-        self._as_client = credentials.context(server=False)
+        self.cluster, self.index, self.folder = cluster, index, Path(folder)
+        self.settings = settings
+        self._forkserver = forkserver
+        self._queue = JobQueue(settings.at_once, settings.queued, settings.per_client)
+        self.metrics = Metrics(index)
+        self._place = Workplace(
+            cluster=cluster,
+            index=index,
+            folder=self.folder,
+            settings=settings,
+            forkserver=forkserver,
+            queue=self._queue,
+            metrics=self.metrics,
+            terms=dict(terms or {}),
+            weights_folder="" if weights_folder is None else str(weights_folder),
+            threads=threads,
+            log=log,
+            came=self._let_in_early,
+        )
+        self._requests = Requests(self._place, self.health)
         member = cluster.parties[index]
         self._listener = listener or listen(member.host, member.port)
+        self._listener.setblocking(False)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._session = threading.Lock()
-        self._lobby = threading.Condition()
-        self._waiting: dict[
-            tuple[str, int], ssl.SSLSocket
-        ] = {}  # (run, party): callers whose session has not begun
-        self._greetings = threading.BoundedSemaphore(_MAX_GREETINGS)
+        self._operations: OperationsServer | None = None
+        if settings.operations_port:
+            self._operations = OperationsServer(
+                settings.operations_host, settings.operations_port, self.metrics, self.health
+            )
         self._stopped = threading.Event()
         self._wake_receive, self._wake_send = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._callers: dict[socket.socket, _Caller] = {}
+        self._early_lock = threading.Lock()
+        self._early: list[_Caller] = []
+        self._greetings = threading.BoundedSemaphore(_MOST_REQUESTS)
+        self._next_look = 0.0
 
     def serve_forever(self) -> None:
-        """Accept callers until `stop`."""
-        poll = select.poll()
+        """Take callers until `stop`, then end every session."""
         for sock in (self._listener, self._wake_receive):
-            poll.register(sock, select.POLLIN)
-        _log.info("party %d listens on %s port %d", self.index, *self.address)
-        while not self._stopped.is_set():
-            poll.poll()
-            if self._stopped.is_set():
-                break
-            try:
-                raw, _ = self._listener.accept()
-            except OSError as error:
-                _log.warning("party %d could not accept a caller (%s)", self.index, type(error).__name__)
-                continue
-            if not self._greetings.acquire(blocking=False):
-                raw.close()
-                continue
-            threading.Thread(target=self._greet, args=(raw,), name="sfumato-greet", daemon=True).start()
+            self._selector.register(sock, selectors.EVENT_READ)
+        if self._operations is not None:
+            self._operations.start()
+        _log.info(
+            "party %d listens on %s port %d",
+            self.index,
+            *self.address,
+            extra={"facts": {"party": self.index, "port": self.address[1]}},
+        )
+        try:
+            while not self._stopped.is_set():
+                for key, _ in self._selector.select(self._until_next()):
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._callers:
+                        self._hear(self._callers[key.fileobj])
+                self._sweep()
+        finally:
+            self._end()
 
     def stop(self) -> None:
-        """Take no more callers. A session that runs goes on until its process ends."""
+        """Take no more callers and end `serve_forever`; any thread or signal handler may say so."""
         self._stopped.set()
         with contextlib.suppress(OSError):
             self._wake_send.send(b"x")
-        self._listener.close()
 
-    def _greet(self, raw: socket.socket) -> None:
+    def health(self) -> dict[str, Any]:
+        """Whether this party takes sessions, and what of it is as it should be."""
         try:
-            sock, identity, hello = answer(raw, self._as_server, self.cluster.limits.connect_s)
-            if identity.startswith("sfumato://client/"):
-                self._greet_client(sock, identity, hello)
-            else:
-                self._greet_party(sock, identity, hello)
-        except SfumatoError as error:
-            _log.warning("party %d turned a caller away: %s", self.index, public_text(str(error)))
-        except Exception as error:
-            _log_failure(f"party {self.index} failed to greet a caller", error)
-        finally:
-            self._greetings.release()
+            days = certificate_days(self.folder)
+        except JobError:
+            days = -1.0
+        parts = {
+            "listening": self._listener.fileno() >= 0 and not self._stopped.is_set(),
+            "forkserver": self._forkserver.ready,
+            "storage": _takes_files(self.settings.storage_folder),
+            "certificate": days > 0,
+        }
+        return {
+            "ready": all(parts.values()),
+            **parts,
+            "certificate_days": round(days, 2),
+            "running": self._queue.running,
+            "queued": self._queue.waiting,
+        }
 
-    def _greet_party(self, sock: ssl.SSLSocket, identity: str, hello: dict[str, Any]) -> None:
-        callers = {party_identity(i): i for i in range(self.index)}  # lower indices dial higher ones
-        run = hello.get("run")
-        if identity not in callers or not isinstance(run, str) or not _RUN.match(run):
-            refuse(sock, f"party {self.index} takes no call from {identity} here")
-            raise LinkError(f"a call from {public_text(identity)} is not expected here")
-        pinned = self.cluster.parties[callers[identity]].fingerprint
-        if pinned is not None and pinned != fingerprint_of(sock):
-            refuse(
-                sock,
-                f"the certificate of {identity} is not the one in the cluster file of party {self.index}",
-            )
-            raise LinkError(f"{identity} shows a certificate that is not the one in the cluster file")
-        key = (run, callers[identity])
-        with self._lobby:
-            if key in self._waiting or len(self._waiting) >= _MAX_GREETINGS:
-                refuse(sock, f"party {self.index} already has a call from {identity}")
-                return
-            self._waiting[key] = sock
-            self._lobby.notify_all()
-            self._lobby.wait_for(lambda: self._waiting.get(key) is not sock, self.cluster.limits.connect_s)
-            if self._waiting.get(key) is sock:
-                del self._waiting[key]
-                refuse(sock, f"party {self.index} was not asked for this run by its client")
+    # callers before anybody knows who they are
 
-    def _greet_client(self, sock: ssl.SSLSocket, identity: str, hello: dict[str, Any]) -> None:
-        from sfumato.runtime.handshake import PROTOCOL_VERSION, package_version
-
-        run, options = hello.get("run"), hello.get("options")
-        if not isinstance(run, str) or not _RUN.match(run) or not isinstance(options, dict):
-            refuse(sock, "the client's hello has no run id or options", "JobError")
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
             return
-        for name, here in (("protocol", PROTOCOL_VERSION), ("package", package_version())):
-            if hello.get(name) != here:
-                there = public_text(str(hello.get(name)))[:40]
-                reason = (
-                    f"party {self.index} runs {name} version {here}, the client {there}; install one release"
-                )
-                refuse(sock, reason, "ProtocolError", self.index)
-                return
-        if not self._session.acquire(timeout=self._busy_wait_s):
-            refuse(
-                sock,
-                f"party {self.index} is busy with another session; try again later",
-                "JobError",
+        except OSError as error:
+            _log.warning("party %d could not accept a caller (%s)", self.index, type(error).__name__)
+            return
+        sock.setblocking(False)
+        if len(self._callers) >= _MOST_CALLERS:  # who says nothing must not keep the others out
+            self._drop(next(iter(self._callers.values())), "busy")
+        self._callers[sock] = _Caller(sock, time.monotonic() + self.cluster.limits.connect_s)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _hear(self, caller: _Caller) -> None:
+        try:
+            part = caller.sock.recv(PREAMBLE_BYTES - len(caller.said))
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        caller.said += part
+        if part and len(caller.said) < PREAMBLE_BYTES:
+            return
+        try:
+            preamble = Preamble.parse(caller.said)
+        except LinkError:
+            self._drop(caller, "malformed")
+            return
+        self._selector.unregister(caller.sock)
+        del self._callers[caller.sock]
+        if preamble.run is None or preamble.version != self._requests.version:
+            self._answer(caller.sock, preamble)
+        else:
+            caller.run = preamble.run
+            self._hand_over(caller)
+
+    def _answer(self, sock: socket.socket, preamble: Preamble) -> None:
+        if not self._greetings.acquire(blocking=False):
+            self.metrics.refused("busy")
+            sock.close()
+            return
+        threading.Thread(
+            target=self._requests.serve,
+            args=(sock, preamble, self._greetings.release),
+            name="sfumato-request",
+            daemon=True,
+        ).start()
+
+    def _hand_over(self, caller: _Caller) -> None:
+        """To its worker, or into the lobby when its run is not granted yet."""
+        with self._early_lock:
+            if not self._place.hand_over(caller.run, caller.sock):
+                caller.deadline = time.monotonic() + self.cluster.limits.connect_s
+                self._early.append(caller)
+                late = self._early[:-_MOST_EARLY]
+                del self._early[:-_MOST_EARLY]
+                for one in late:
+                    self._close(one, "run")
+
+    def _let_in_early(self, session: Supervised) -> None:
+        """A worker is there: who waited for its run goes to it."""
+        with self._early_lock:
+            for caller in [c for c in self._early if c.run == session.run]:
+                self._early.remove(caller)
+                self._place.hand_over(caller.run, caller.sock)
+
+    def _until_next(self) -> float:
+        with self._early_lock:
+            deadlines = [c.deadline for c in [*self._callers.values(), *self._early]]
+        return max(0.0, min([*deadlines, self._next_look], default=0.0) - time.monotonic())
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for caller in [c for c in self._callers.values() if c.deadline <= now]:
+            self._drop(caller, "deadline")
+        with self._early_lock:
+            for caller in [c for c in self._early if c.deadline <= now]:
+                self._early.remove(caller)
+                self._close(caller, "run")
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._look()
+
+    def _drop(self, caller: _Caller, why: str) -> None:
+        self._selector.unregister(caller.sock)
+        del self._callers[caller.sock]
+        self._close(caller, why)
+
+    def _close(self, caller: _Caller, why: str) -> None:
+        self.metrics.refused(why)
+        caller.sock.close()
+
+    def _look(self) -> None:
+        """What an operator should know in time."""
+        self.metrics.certificate(self.folder / "certificate.pem")
+        days = self.health()["certificate_days"]
+        if days < _SOON_DAYS:
+            state = f"ends in {days:.0f} days" if days > 0 else "is not valid now"
+            _log.warning(
+                "the certificate of party %d %s; renew it (sfumato cluster renew)",
                 self.index,
+                state,
+                extra={"facts": {"party": self.index, "certificate_days": days}},
             )
-            return
-        try:
-            self._run_session(sock, identity, run, options)
-        finally:
-            self._session.release()
 
-    def _run_session(self, sock: ssl.SSLSocket, client: str, run: str, options: dict[str, Any]) -> None:
-        started = time.monotonic()
-        limits = self.cluster.limits
-        welcome(sock, {"party": self.index}, limits.connect_s)
-        to_client = TlsLink(self.index, {CLIENT: sock}, link_limits(self.cluster))
-        to_peers: TlsLink | None = None
-        machine: Machine | None = None
-        try:
-            to_peers = TlsLink(self.index, self._meet(run, to_client), link_limits(self.cluster))
-            machine = self._prepare(to_peers, client, run, options)
-            self._serve(to_client, to_peers, machine)
-            to_client.close()
-            to_peers.close()
-        except BaseException as error:
-            reason, kind, origin = public_reason(error, self.index)
-            if isinstance(error, SfumatoError):
-                _log.warning("party %d ends session %s: %s", self.index, run[:8], reason)
-            else:
-                _log_failure(f"party {self.index} ends session {run[:8]}", error)
-            if to_peers is not None:
-                to_peers.abort(reason, kind=kind, origin=origin)
-            to_client.abort(reason, kind=kind, origin=origin)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            if machine is not None:
-                machine.close()
-        _log.info("party %d ended session %s after %.1f s", self.index, run[:8], time.monotonic() - started)
-
-    def _meet(self, run: str, to_client: TlsLink) -> dict[int, ssl.SSLSocket]:
-        """Connections to both peers for this run: lower indices call, higher ones answer. Ends early without
-        a client."""
-        timeout_s = self.cluster.limits.connect_s
-        peers: dict[int, ssl.SSLSocket] = {}
-        try:
-            for peer in range(self.index):
-                peers[peer] = self._called_by(peer, run, to_client)
-                welcome(peers[peer], {"party": self.index}, timeout_s)
-            for peer in range(self.index + 1, 3):
-                member = self.cluster.parties[peer]
-                peers[peer], _ = dial(
-                    (member.host, member.port),
-                    self._as_client,
-                    name=f"party {peer}",
-                    identity=party_identity(peer),
-                    fingerprint=member.fingerprint,
-                    hello={"run": run},
-                    timeout_s=timeout_s,
-                    give_up=lambda: bool(to_client.problems(0.0)),
-                )
-        except BaseException:
-            for sock in peers.values():
-                sock.close()
-            raise
-        return peers
-
-    def _called_by(self, peer: int, run: str, to_client: TlsLink) -> ssl.SSLSocket:
-        deadline = time.monotonic() + self.cluster.limits.connect_s
-        with self._lobby:
-            while (run, peer) not in self._waiting:
-                if lost := to_client.problems(0.0):
-                    raise lost[0]
-                if time.monotonic() > deadline:
-                    waited_s = self.cluster.limits.connect_s
-                    raise LinkError(f"party {peer} did not call party {self.index} within {waited_s:g} s")
-                self._lobby.wait(0.1)
-            sock = self._waiting.pop((run, peer))
-            self._lobby.notify_all()
-            return sock
-
-    def _prepare(self, link: TlsLink, client: str, run: str, options: dict[str, Any]) -> Machine:
-        from sfumato.runtime.handshake import agree, run_terms
-
-        terms = run_terms(run, client, options, self._terms)
-        keys = agree(link, self._peers, run, terms, self.cluster.limits.stall_s)
-        return self._make_machine(self.index, link, keys, {**options, **self._operator})
-
-    @property
-    def _peers(self) -> list[int]:
-        return [i for i in range(3) if i != self.index]
-
-    def _serve(self, to_client: TlsLink, to_peers: TlsLink, machine: Machine) -> None:
-        from sfumato.runtime.commands import Close, digest, from_message
-        from sfumato.runtime.handshake import compare_digests
-        from sfumato.runtime.wire import MessageStream
-
-        limits = self.cluster.limits
-        stream = MessageStream(to_client, CLIENT, limits.max_message_bytes, limits.max_frame_bytes)
-        stream.send({"ready": True})
-        for number in range(2**62):
-            header, tensors = stream.receive(limits.idle_s, "the next command", limits.stall_s)
-            command, attachments = from_message(header, tensors)
-            del tensors
-            compare_digests(to_peers, self._peers, number, digest(command, attachments), limits.stall_s)
-            if isinstance(command, Close):
-                stream.send({})
-                return
-            reply, values = machine.handle(command, attachments)
-            del attachments
-            stream.send(reply, values)
+    def _end(self) -> None:
+        self._queue.close()
+        self._listener.close()
+        for caller in [*self._callers.values(), *self._early]:
+            caller.sock.close()
+        self._place.end(_STOP_S)
+        self._forkserver.stop()
+        if self._operations is not None:
+            self._operations.stop()
 
 
-def serve_party(
-    cluster: Cluster,
-    index: int,
-    keys_folder: Path | str,
-    *,
-    make_machine: MachineFactory | None = None,
-    listener: socket.socket | None = None,
-    terms: Mapping[str, str] | None = None,
-    weights_folder: Path | None = None,
-) -> None:
-    """Run party ``index`` until the process ends. ``make_machine`` is the real one unless given."""
-    server = PartyServer(
-        cluster,
-        index,
-        keys_folder,
-        make_machine or _named(_MACHINE),
-        listener=listener,
-        terms=terms,
-        weights_folder=weights_folder,
-    )
-    server.serve_forever()
-
-
-_MACHINE = "sfumato.runtime.machine:make_machine"
-
-
-def _named(name: str) -> MachineFactory:
-    module, _, attribute = name.partition(":")
+def _takes_files(folder: Path) -> bool:
+    """Whether files can be written to a folder, or where it will be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
-        factory: MachineFactory = getattr(importlib.import_module(module), attribute or "make_machine")
-    except (ImportError, AttributeError):
-        raise JobError(f"there is no machine factory {name}") from None
-    return factory
+        return os.access(folder, os.W_OK) and os.statvfs(folder).f_bavail > 0
+    except OSError:
+        return False
 
 
-def _log_failure(what: str, error: BaseException) -> None:
-    """Where it happened, without the exception's text: that may hold values."""
-    frames = [
-        f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)
-    ]
-    _log.error("%s: %s at %s", what, type(error).__name__, " < ".join(reversed(frames)))
-
-
-#: glibc's mallopt: parameter and value. One arena whose freed blocks are kept for the next tensor.
-_HOLD = {
-    "arena_max": (-8, 1),
-    "mmap_threshold": (-3, 32 << 20),
-    "trim_threshold": (-1, 512 << 20),
-    "top_pad": (-2, 16 << 20),
-}
-
-
-def _hold_memory() -> None:
-    """Keep freed memory instead of giving it back at once: fresh pages of large tensors cost more time than what is
-    computed on them. No more is held than was in use before; where there is no such setting, nothing changes."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _HOLD.values():
-            mallopt(parameter, value)
-
-
-def _leave_with_parent() -> None:
+def _leave_with_parent(supervisor: PartySupervisor) -> None:
     """End this process when standard input ends, which it does when the parent is gone, however it went."""
 
     def watch() -> None:
         while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
             pass
-        os._exit(0)
+        supervisor.stop()
+        time.sleep(3 * _STOP_S)
+        os._exit(1)
 
     threading.Thread(target=watch, name="sfumato-parent", daemon=True).start()
 
@@ -406,58 +326,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights", type=Path, help="folder of public weights that a client on this host may name"
     )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--forkserver", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--die-with-parent", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=os.environ.get("SFUMATO_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if options.die_with_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    _hold_memory()
     try:
-        cluster = Cluster.load(options.folder)
+        telemetry.configure_logging(options.log_format)
+        telemetry.configure_tracing()
+        cluster, settings = Cluster.load(options.folder), PartySettings.load(options.folder)
         listener = listen(cluster.parties[options.index].host, cluster.parties[options.index].port)
+
+        def failed(problem: str) -> None:
+            print(f"sfumato party {options.index}: {public_text(problem)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        given = None if options.forkserver is None else Pipe(socket.socket(fileno=options.forkserver))
+        forkserver = Forkserver(options.machine, failed, given)  # loads while the rest goes on
         if options.child:
             print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
             ports = json.loads(sys.stdin.buffer.readline() or b"null")
             if not isinstance(ports, list) or len(ports) != 3:
                 return 0  # the parent left before the cluster was up
-            _leave_with_parent()
             cluster = with_ports(cluster, ports)
-        if options.threads:
-            import torch
-
-            torch.set_num_threads(options.threads)
-        terms = dict(term.partition("=")[::2] for term in options.term)
-        serve_party(
+        supervisor = PartySupervisor(
             cluster,
             options.index,
             options.folder,
-            make_machine=_named(options.machine),
+            forkserver,
+            settings,
             listener=listener,
-            terms=terms,
+            terms=dict(term.partition("=")[::2] for term in options.term),
             weights_folder=options.weights,
+            threads=options.threads,
+            log=options.log_format,
         )
+        signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
+        if options.child:
+            _leave_with_parent(supervisor)
+        supervisor.serve_forever()
     except SfumatoError as error:
         print(f"sfumato party {options.index}: {error}", file=sys.stderr, flush=True)
-        if options.child:
-            os._exit(1)  # at once, without taking torch down: the parent is waiting for the reason
         return 1
     except KeyboardInterrupt:
         pass
+    telemetry.flush()
     return 0
-
-
-def with_ports(cluster: Cluster, ports: Sequence[int]) -> Cluster:
-    """The same cluster on other ports."""
-    members = [
-        Member(name=m.name, host=m.host, port=int(port), fingerprint=m.fingerprint)
-        for m, port in zip(cluster.parties, ports, strict=True)
-    ]
-    return Cluster(parties=(members[0], members[1], members[2]), limits=cluster.limits)
 
 
 if __name__ == "__main__":

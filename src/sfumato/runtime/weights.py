@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.errors import JobError
+from sfumato.runtime.wire import canonical, tensor_bytes
 
-__all__ = ["MappedWeights", "opened", "stored"]
+__all__ = ["FILE_TYPES", "MappedWeights", "content_key", "file_head", "opened", "stored"]
 
 _NAME = re.compile(r"[0-9a-f]{32}\Z")
+#: What safetensors calls the types that such a file holds.
+FILE_TYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 
 class MappedWeights(Mapping[str, Tensor]):
-    """Tensors read from the file when asked for; the pages belong to the file, not to the process."""
+    """Tensors read from the file when asked for; the pages belong to the file, not to the process.
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    ``names``: what to call the file's tensors, where they have other names there.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str] | Mapping[str, str]) -> None:
         self._file = safe_open(path, framework="pt")
-        self._names = tuple(names)
-        missing = set(names) - set(self._file.keys())
+        self._names = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+        missing = set(self._names.values()) - set(self._file.keys())
         if missing:
             raise JobError(f"the weights file lacks {sorted(missing)[0]}")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(self._names[name])
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -47,6 +58,28 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 22):
             state.update(chunk)
     return state.hexdigest()
+
+
+def content_key(tensor: Tensor) -> str:
+    """Hex digest of a tensor's dtype, shape and words: what a public weight is called where it is kept once."""
+    head = canonical([str(tensor.dtype), list(tensor.shape)])
+    state = hashlib.blake2b(len(head).to_bytes(8, "little") + head, digest_size=32, person=b"sfumato-tensor")
+    state.update(tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def file_head(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
+    """The beginning of a safetensors file of these tensors (key, dtype as ``float32``, shape); their bytes follow in
+    this order."""
+    head: dict[str, Any] = {}
+    at = 0
+    for key, dtype, shape in tensors:
+        end = at + math.prod(shape) * getattr(torch, dtype).itemsize
+        head[key] = {"dtype": FILE_TYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def stored(folder: Path, weights: Mapping[str, Tensor]) -> str:

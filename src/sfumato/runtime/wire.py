@@ -8,11 +8,10 @@ be mixed up.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Link, peer_name
 from sfumato.link.frames import DTYPE_CODES, dtype_code, dtype_name
+from sfumato.runtime.canonical import canonical, parse_json
 
 __all__ = ["MessageStream", "Parts", "canonical", "pack_message", "parse_json", "tensor_bytes"]
 
@@ -34,36 +34,6 @@ Parts = list[tuple[int, bytes | memoryview]]  # (dtype code, payload) of each fr
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("sfumato runs on little-endian machines only")
-
-
-def canonical(value: Any) -> bytes:
-    """The one JSON text of ``value``: sorted keys, no spaces, no NaN; ``ValueError`` or ``TypeError`` for
-    what JSON cannot hold."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
-    ).encode()
-
-
-def parse_json(data: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """A JSON object from a peer; ``LinkError`` for anything else, NaN and repeated keys included."""
-    try:
-        value = json.loads(bytes(data), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError):
-        raise LinkError("a message header is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise LinkError("a message header is not a JSON object")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("repeated key")
-    return found
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import ssl
-import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sfumato.errors import JobError, SfumatoError
+from sfumato.errors import JobError
+from sfumato.shell.cluster import cluster_app, party, status
+from sfumato.shell.command import clean
+from sfumato.shell.model import model_app
+from sfumato.shell.ui import ui
 
 __all__ = ["app", "main"]
 
-P = ParamSpec("P")
 app = typer.Typer(
     name="sfumato",
     help="Private generative AI: prompts in, images out, and no machine that computes sees either.",
@@ -27,25 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-cluster_app = typer.Typer(help="Who computes: keys, certificates and the cluster file.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
-
-
-def _clean(command: Callable[P, None]) -> Callable[P, None]:
-    """Errors of ours become one line and exit code 2; Ctrl-C ends quietly."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except SfumatoError as error:
-            print(f"sfumato: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("sfumato: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-    return run
+app.add_typer(model_app, name="model")
+app.command()(party)
+app.command()(status)
+app.command()(ui)
 
 
 def _version(asked: bool) -> None:
@@ -66,11 +50,20 @@ def top(
     """Options of every command."""
 
 
-Model = Annotated[str, typer.Option(help="'embedded', a StableDiffusionPipeline folder, or a hub id.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale. [default: the embedded model's, else 7.5]")
+Model = Annotated[
+    str, typer.Option(help="'embedded', a StableDiffusionPipeline folder, a hub id, or cluster:NAME.")
 ]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+StepsOrOffer = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps. [default: 50, or the first that cluster:NAME offers]"),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale. [default: the embedded model's, that of cluster:NAME, else 7.5]"),
+]
+ClusterFile = Annotated[Path | None, typer.Option(help="Cluster file of three real parties.")]
+Keys = Annotated[Path | None, typer.Option(help="Your certificate's folder. [default: that of the file]")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: the same image as diffusers gives for it.")]
 BackendName = Annotated[
     str,
@@ -95,8 +88,19 @@ def _guidance(model: str, given: float | None) -> float:
     return RECOMMENDED_GUIDANCE if model == "embedded" else 7.5
 
 
+def _settings(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Steps and guidance; a shared model fills in those of its first offer."""
+    from sfumato.runtime.names import shared_name
+
+    if shared_name(model) is not None:
+        return {
+            n: v for n, v in (("num_inference_steps", steps), ("guidance_scale", guidance)) if v is not None
+        }
+    return {"num_inference_steps": steps or 50, "guidance_scale": _guidance(model, guidance)}
+
+
 @app.command()
-@_clean
+@clean
 def demo(
     prompt: Annotated[str, typer.Argument(help="What to draw.")] = "a handwritten seven",
     steps: Steps = 10,
@@ -129,22 +133,28 @@ def demo(
 
 
 @app.command()
-@_clean
+@clean
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: Model = "embedded",
-    steps: Steps = 50,
+    steps: StepsOrOffer = None,
     guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from; it stays secret.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="How much of the picture to change. [default: 0.8, with a mask 1]"),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="What of the picture to paint anew: white; it stays secret.")
+    ] = None,
     seed: Seed = 0,
     height: Size = None,
     width: Size = None,
     secret: Secret = "inputs",
     public_component: PublicComponent = None,
-    cluster: Annotated[Path | None, typer.Option(help="Cluster file of three real parties.")] = None,
-    keys: Annotated[
-        Path | None, typer.Option(help="Your certificate's folder. [default: that of the file]")
-    ] = None,
+    cluster: ClusterFile = None,
+    keys: Keys = None,
     profile: Profile = "precise",
     backend: BackendName = "local",
     out: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("image.png"),
@@ -154,16 +164,20 @@ def generate(
 
     Example: `sfumato generate "a boat at dawn" --model ./stable-diffusion-v1-5 --steps 20 --out boat.png`
 
-    With three hosts: `sfumato generate "a boat" --cluster ours/client/cluster.toml`
+    From a picture: `sfumato generate "a boat at dusk" --image boat.png --strength 0.6`; a part: `--mask mask.png`
+
+    With three hosts: `sfumato generate "a boat" --cluster ours/client/cluster.toml`, and with a model that its owner
+    shared with them: `--model cluster:NAME`
     """
     if not out.parent.is_dir():
         raise JobError(f"there is no folder {out.parent} for the image")
     import torch
 
-    from sfumato.diffusion.pipeline import SecurePipeline
+    from sfumato.shell.pictures import pictures
     from sfumato.shell.report import cost_table
 
-    pipe = SecurePipeline.from_pretrained(
+    kind, given = pictures(image, mask, strength, height, width)
+    pipe = kind.from_pretrained(
         model,
         secret=secret,
         public_components=public_component or (),
@@ -175,10 +189,8 @@ def generate(
     output = pipe(
         prompt,
         negative_prompt=negative_prompt,
-        num_inference_steps=steps,
-        guidance_scale=_guidance(model, guidance),
-        height=height,
-        width=width,
+        **_settings(model, steps, guidance),
+        **given,
         generator=torch.Generator().manual_seed(seed),
     )
     output.images[0].save(out)
@@ -188,16 +200,20 @@ def generate(
 
 
 @app.command()
-@_clean
+@clean
 def estimate(
-    model: Annotated[str, typer.Argument(help="'embedded', a folder, or a hub id.")] = "embedded",
-    steps: Steps = 50,
+    model: Annotated[
+        str, typer.Argument(help="'embedded', a folder, a hub id, or cluster:NAME.")
+    ] = "embedded",
+    steps: StepsOrOffer = None,
     guidance: Guidance = None,
     height: Size = None,
     width: Size = None,
-    images: Annotated[int, typer.Option(min=1, help="Images in one batch.")] = 1,
+    images: Annotated[int | None, typer.Option(min=1, help="Images in one batch. [default: 1]")] = None,
     secret: Secret = "inputs",
     public_component: PublicComponent = None,
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file, for cluster:NAME.")] = None,
+    keys: Keys = None,
     profile: Profile = "precise",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
     show_plan: Annotated[
@@ -217,17 +233,24 @@ def estimate(
     from sfumato.shell.report import cost_table
 
     pipe = SecurePipeline.from_pretrained(
-        model, secret=secret, public_components=public_component or (), profile=profile
+        model,
+        secret=secret,
+        public_components=public_component or (),
+        profile=profile,
+        cluster=cluster,
+        keys=keys,
     )
     arguments: dict[str, Any] = {
-        "num_inference_steps": steps, "guidance_scale": _guidance(model, guidance), "height": height, "width": width,
-        "num_images_per_prompt": images,
+        **_settings(model, steps, guidance), "height": height, "width": width,
+        **({"num_images_per_prompt": images} if images else {}),
     }  # fmt: skip
     report = pipe.estimate(**arguments)
     if as_json:
         print(report.to_json())
         return
-    Console().print(cost_table(report, f"{steps} steps of {model}"))
+    Console().print(
+        cost_table(report, f"{arguments.get('num_inference_steps', len(report.steps))} steps of {model}")
+    )
     for name, plan in pipe.plans(**arguments).items() if show_plan else ():
         prices = priced(plan)
         print(f"\n{name}\n{plan.table()}")
@@ -238,7 +261,7 @@ def estimate(
 
 
 @app.command()
-@_clean
+@clean
 def catalogue(
     function: Annotated[
         str | None, typer.Argument(help="exp, reciprocal, rsqrt, gelu, softmax, ... [default: all, in short]")
@@ -262,7 +285,7 @@ def catalogue(
 
 
 @app.command()
-@_clean
+@clean
 def bench(
     cases: Annotated[
         list[str] | None,
@@ -301,64 +324,6 @@ def bench(
     settings = Settings(public=public, profile=profile, repeat=repeat, budget_s=budget)
     asked = Bench(cases=cases or (), settings=settings, json=json_lines, peers=peers or (), out=out)
     run_bench(asked, Console())
-
-
-@cluster_app.command("init")
-@_clean
-def cluster_init(
-    folder: Annotated[Path, typer.Argument(help="A new folder for the cluster.")],
-    host: Annotated[list[str] | None, typer.Option(help="Address of a party; three times.")] = None,
-    port: Annotated[list[int] | None, typer.Option(help="Port of a party; three times.")] = None,
-    client: Annotated[list[str] | None, typer.Option(help="Name of a client; repeat for more.")] = None,
-) -> None:
-    """Make keys and certificates for three parties and their clients.
-
-    Each operator gets one folder of it, over a channel that you trust, and nothing of the others'.
-
-    Example: `sfumato cluster init ours --host a.example --host b.example --host c.example`
-    """
-    from sfumato.runtime.cluster import init_cluster
-
-    given: dict[str, Any] = {"hosts": host, "ports": port, "clients": client}
-    made = init_cluster(folder, **{name: value for name, value in given.items() if value})
-    for index, member in enumerate(made.parties):
-        print(f"{folder}/party{index}: for the operator at {member.host}, port {member.port}")
-    for name in client or ["client"]:
-        print(f"{folder}/{name}: for a client")
-
-
-@app.command()
-@_clean
-def party(
-    folder: Annotated[Path, typer.Option(help="This party's folder, made by 'cluster init'.")],
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for computing.")] = None,
-) -> None:
-    """Run one party until stopped.
-
-    Example: `sfumato party --folder ours/party0`
-    """
-    from sfumato.runtime.server import main as serve
-
-    arguments = ["--folder", str(folder), "--index", str(_index(folder))]
-    code = serve([*arguments, *(["--threads", str(threads)] if threads else [])])
-    if code:
-        raise typer.Exit(2)
-
-
-def _index(folder: Path) -> int:
-    """Which party a folder's certificate belongs to."""
-    from sfumato.runtime.cluster import Cluster
-
-    cluster = Cluster.load(folder)
-    try:
-        text = (folder / "certificate.pem").read_text(encoding="ascii")
-        fingerprint = f"sha256:{hashlib.sha256(ssl.PEM_cert_to_DER_cert(text)).hexdigest()}"
-    except (OSError, ValueError):
-        raise JobError(f"cannot read {folder / 'certificate.pem'}; give a party's folder") from None
-    for index, member in enumerate(cluster.parties):
-        if member.fingerprint == fingerprint:
-            return index
-    raise JobError(f"the certificate in {folder} is that of no party of its cluster file")
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
 
 from sfumato.diffusion.pipeline import SecurePipeline
+from sfumato.diffusion.seen import blocks_of, share_picture
 from sfumato.shell import report as pages
 from sfumato.zoo import RECOMMENDED_GUIDANCE
 
@@ -83,23 +82,13 @@ def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
             ("what party 0 sent of it", share_picture(share)),
         ],
     )
-    pages.save_bars(demo.out / "bytes.png", pages.layer_bytes(report, plan))
+    pages.save_bars(demo.out / "bytes.png", blocks_of(report, {"unet": plan}))
     (demo.out / "report.json").write_text(report.to_json(), encoding="utf-8")
     pages.write_page(demo.out / "report.md", facts, report, ["comparison.png", "bytes.png"])
     console.print(pages.cost_table(report))
     console.print(f"PSNR against the plain pipeline: {similarity:.1f} dB; estimate: {facts['estimate']}")
     console.print(f"image, comparison, report: {demo.out}/", style="bold")
     return {"psnr": similarity, "report": report}
-
-
-def share_picture(share: Tensor) -> NDArray[Any]:
-    """The top eight bits of the words that party 0 sent of the result, channels side by side."""
-    top: NDArray[Any] = ((share[0] >> 56) & 255).to(torch.float64).numpy() / 255.0
-    rows = max(1, int(len(top) ** 0.5))
-    columns = len(top) // rows
-    return np.concatenate(
-        [np.concatenate(list(top[r * columns : (r + 1) * columns]), 1) for r in range(rows)]
-    )
 
 
 def enlarged(pipe: Any, image: NDArray[Any]) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from sfumato.graph.plan import Plan
+from sfumato.diffusion.seen import Block
 from sfumato.runtime.report import CostReport, readable
 
-__all__ = ["cost_table", "layer_bytes", "psnr", "readable", "save_bars", "save_panels", "write_page"]
-
-_NODE = re.compile(r"step\d+/(?:~\d+/)?(?:#\d+/)?([^/#]+)")
-_BLOCK = re.compile(r"(conv_in|conv_out|conv_norm_out|conv_act|mid_block|(?:down|up)_blocks\.\d+)")
-_KINDS = {
-    "conv2d": "convolution",
-    "linear": "linear",
-    "group_norm": "norm",
-    "layer_norm": "norm",
-    "silu": "activation",
-    "gelu": "activation",
-    "scaled_dot_product_attention": "attention",
-}
+__all__ = ["cost_table", "psnr", "readable", "save_bars", "save_panels", "write_page"]
 
 
 def psnr(image: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -51,32 +37,15 @@ def cost_table(report: CostReport, title: str = "cost") -> Table:
     return table
 
 
-def layer_bytes(report: CostReport, plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes of all parties by block of the U-Net, then by kind of layer."""
-    nodes = {node.name: node for node in plan.program.nodes}
-    groups: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for path, cost in report.by_path.items():
-        found = _NODE.match(path.strip("/"))
-        node = nodes.get(found.group(1)) if found else None
-        if node is None:
-            block, kind = "sampler", "sampler"
-        else:
-            match = _BLOCK.search(node.module_path)
-            block = match.group(1) if match else "other"
-            kind = _KINDS.get(node.target.split(".")[1], "other")
-        groups[block][kind] += sum(cost.bytes_sent)
-    return {block: dict(kinds) for block, kinds in groups.items()}
-
-
-def save_bars(path: Path, groups: Mapping[str, Mapping[str, int]]) -> None:
+def save_bars(path: Path, blocks: Sequence[Block]) -> None:
     """A bar for each block, coloured by kind of layer."""
     plt = _pyplot()
-    order = sorted(groups, key=_depth)
-    kinds = sorted({kind for block in groups.values() for kind in block})
+    order = [block.name for block in blocks]
+    kinds = sorted({kind for block in blocks for kind in block.kinds})
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(order) + 1.4), layout="constrained")
     left = np.zeros(len(order))
     for kind in kinds:
-        sizes = np.array([groups[block].get(kind, 0) / 1e6 for block in order])
+        sizes = np.array([block.kinds.get(kind, 0) / 1e6 for block in blocks])
         axes.barh(order, sizes, left=left, label=kind)
         left += sizes
     axes.set_xlim(0, 1.04 * float(left.max()) or 1.0)
@@ -85,11 +54,6 @@ def save_bars(path: Path, groups: Mapping[str, Mapping[str, int]]) -> None:
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _depth(block: str) -> tuple[int, str]:
-    order = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-    return next((i for i, name in enumerate(order) if block.startswith(name)), len(order)), block
 
 
 def save_panels(path: Path, panels: Sequence[tuple[str, NDArray[Any]]]) -> None:

@@ -1,0 +1,371 @@
+"""One session of one party, in a process of its own: meets the client and the other parties, and hands commands to the
+machine. When the process ends, the shares are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import socket
+import ssl
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import LinkError, SfumatoError
+from sfumato.link.base import CLIENT, Link, PeerAbort, peer_name, public_text
+from sfumato.link.identity import (
+    Credentials,
+    answer,
+    dial,
+    fingerprint_of,
+    party_identity,
+    refuse,
+    welcome,
+)
+from sfumato.link.tls import TlsLink
+from sfumato.runtime import telemetry
+from sfumato.runtime.cluster import Cluster, link_limits
+from sfumato.runtime.commands import Call, Close, Command, digest, from_message
+from sfumato.runtime.forkserver import Job
+from sfumato.runtime.handshake import agree, compare_digests, run_terms
+from sfumato.runtime.passing import Pipe
+from sfumato.runtime.wire import MessageStream
+
+__all__ = ["Machine", "MachineFactory", "public_reason", "serve"]
+
+_log = logging.getLogger(__name__)
+_MAX_GREETINGS = 8
+_START_S = 30.0
+_LAST_WORDS_S = 0.5
+_LINGER_S = 1.0
+
+
+class Machine(Protocol):
+    """What executes commands at one party."""
+
+    def handle(self, command: Command, attachments: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Do ``command``; the reply's fields and tensors go to the client."""
+
+    def close(self) -> None:
+        """Forget every share."""
+
+
+MachineFactory = Callable[[int, Link, dict[int, bytes], dict[str, Any]], Machine]
+"""``make_machine(party, link, pair_keys, options)``, called once per session."""
+
+
+def public_reason(error: BaseException, party: int) -> tuple[str, str, int]:
+    """(sentence, error class, origin) that others may see of a failure. Texts of foreign exceptions may hold
+    values: not shown."""
+    if isinstance(error, PeerAbort):
+        return error.reason, error.kind, error.origin
+    if isinstance(error, SfumatoError):
+        return public_text(str(error)), type(error).__name__, party
+    return f"internal error in party {party} ({type(error).__name__})", "SfumatoError", party
+
+
+def serve(pipe: Pipe, make_machine: MachineFactory) -> None:
+    """Serve the session that the first message on ``pipe`` describes, then report how it went."""
+    with contextlib.suppress(OSError):  # out of memory, the session goes, and not its party
+        Path("/proc/self/oom_score_adj").write_text("500")
+    pipe.send({"pid": os.getpid()})
+    message = pipe.receive(_START_S)
+    if message is None:
+        return
+    job = Job(**{name: value for name, value in message[0].items() if name != "descriptors"})
+    telemetry.configure_logging(job.log)
+    telemetry.configure_tracing()
+    _hold_memory()
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    worker = _Worker(pipe, job, make_machine)
+    with telemetry.span("worker", parent=job.trace, party=job.party, run=job.run[:8], kind=job.kind):
+        report = worker.run()
+    pipe.send(report)
+    worker.linger()
+    telemetry.flush()
+
+
+class _Worker:
+    """One session."""
+
+    def __init__(self, pipe: Pipe, job: Job, make_machine: MachineFactory) -> None:
+        self._pipe, self.job, self._make_machine = pipe, job, make_machine
+        self.cluster, self.index = Cluster.parse(job.cluster), job.party
+        credentials = Credentials.in_folder(job.folder)
+        self._as_server = credentials.context(server=True)
+        self._as_client = credentials.context(server=False)
+        self._arrivals = threading.Condition()
+        self._arrived: dict[int, ssl.SSLSocket | None] = {}  # None once it is taken
+        self._greetings = threading.BoundedSemaphore(_MAX_GREETINGS)
+        self._leaving = ""
+        self._links: list[TlsLink] = []
+        self._calls = 0
+        threading.Thread(target=self._listen, name="sfumato-supervisor", daemon=True).start()
+
+    # what the supervisor says
+
+    def _listen(self) -> None:
+        while (message := self._pipe.receive()) is not None:
+            fields, descriptors = message
+            if "leave" in fields:
+                self._leave(str(fields["leave"]))
+            for descriptor in descriptors:
+                raw = socket.socket(fileno=descriptor)
+                if self._greetings.acquire(blocking=False):
+                    threading.Thread(
+                        target=self._greet, args=(raw,), name="sfumato-greet", daemon=True
+                    ).start()
+                else:
+                    raw.close()
+        # The supervisor is gone or stops: nothing of the session may outlive it.
+        last_words = threading.Thread(
+            target=self._leave, args=(f"party {self.index} was stopped",), daemon=True
+        )
+        last_words.start()
+        last_words.join(_LAST_WORDS_S)
+        os._exit(1)
+
+    def _leave(self, reason: str) -> None:
+        with self._arrivals:
+            self._leaving = reason
+            links = list(self._links)
+            self._arrivals.notify_all()
+        for link in links:
+            link.abort(reason, origin=CLIENT if "client" in reason else self.index)
+
+    def _greet(self, raw: socket.socket) -> None:
+        try:
+            sock, identity, hello = answer(raw, self._as_server, self.cluster.limits.connect_s)
+            who, problem = self._place(identity, fingerprint_of(sock), hello)
+            with self._arrivals:
+                if not problem and who in self._arrived:
+                    problem = f"party {self.index} already has a connection from {identity} for this run"
+                if not problem:
+                    self._arrived[who] = sock
+                    self._arrivals.notify_all()
+            if problem:
+                refuse(sock, problem)
+                raise LinkError(problem)
+        except SfumatoError as error:
+            _log.warning("party %d turned a caller away: %s", self.index, public_text(str(error)))
+        except Exception as error:
+            log_failure(f"party {self.index} failed to greet a caller", error)
+        finally:
+            self._greetings.release()
+
+    def _place(self, identity: str, fingerprint: str, hello: Mapping[str, Any]) -> tuple[int, str]:
+        """(who of this session it is, why it is not let in)."""
+        callers = {party_identity(i): i for i in range(self.index) if self.job.kind == "run"}
+        if fingerprint in self.job.revoked:
+            return CLIENT, f"party {self.index} does not take the certificate of {identity} any more"
+        if hello.get("run") != self.job.run:
+            return CLIENT, f"party {self.index} serves another run here"
+        if identity == self.job.client:
+            return CLIENT, ""
+        if identity not in callers:
+            return CLIENT, f"party {self.index} takes no call from {identity} here"
+        pinned = self.cluster.parties[callers[identity]].fingerprint
+        if pinned is not None and pinned != fingerprint:
+            return CLIENT, (
+                f"the certificate of {identity} is not the one in the cluster file of party {self.index}"
+            )
+        return callers[identity], ""
+
+    # the session
+
+    def run(self) -> dict[str, Any]:
+        """The whole session; what the supervisor is told of it."""
+        started = time.monotonic()
+        machine: Machine | None = None
+        to_peers: TlsLink | None = None
+        outcome, sent = "done", 0
+        try:
+            to_client = self._link({CLIENT: self._arrival(CLIENT, self.job.arrive_s, None)})
+            if self.job.kind == "share":
+                self._share(to_client)
+            else:
+                with telemetry.span("meet"):
+                    to_peers = self._link(self._meet(to_client))
+                    machine = self._prepare(to_peers)
+                self._serve(to_client, to_peers, machine)
+            for link in self._links:
+                link.close()
+        except BaseException as error:
+            outcome = self._failed(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            rounds = getattr(getattr(machine, "ledger", None), "rounds", 0)
+            if machine is not None:
+                machine.close()
+        if to_peers is not None:
+            sent = sum(to_peers.payload_bytes().values())
+        seconds = time.monotonic() - started
+        run = self.job.run[:8]
+        _log.info(
+            "party %d ended session %s after %.1f s",
+            self.index,
+            run,
+            seconds,
+            extra={"facts": {"party": self.index, "run": run, "seconds": seconds, "outcome": outcome}},
+        )
+        spent = {"bytes_sent": sent, "rounds": rounds, "calls": self._calls}
+        return {"outcome": outcome, "seconds": seconds, "spent": spent}
+
+    def _failed(self, error: BaseException) -> str:
+        """Tell everybody why; how the session ended, in a word."""
+        reason, kind, origin = public_reason(error, self.index)
+        if self._leaving:
+            reason, kind = self._leaving, "LinkError"
+        if isinstance(error, SfumatoError):
+            _log.warning("party %d ends session %s: %s", self.index, self.job.run[:8], reason)
+        else:
+            log_failure(f"party {self.index} ends session {self.job.run[:8]}", error)
+        for link in reversed(self._links):  # the peers first: they find out by the client else
+            link.abort(reason, kind=kind, origin=origin)
+        if self._leaving or origin == CLIENT or reason.startswith(peer_name(CLIENT)):
+            waited = "did not call" in reason or "sent nothing" in reason
+            return "expired" if waited else "cancelled"
+        return "lost" if kind == "LinkError" else "failed"
+
+    def linger(self) -> None:
+        """Leave the peers a moment to read what was said last: a closed socket may take it back."""
+        deadline = time.monotonic() + _LINGER_S
+        for link in self._links:
+            link.linger(max(0.0, deadline - time.monotonic()))
+
+    def _link(self, sockets: dict[int, ssl.SSLSocket]) -> TlsLink:
+        link = TlsLink(self.index, sockets, link_limits(self.cluster))
+        with self._arrivals:
+            self._links.append(link)
+            leaving = self._leaving
+        if leaving:
+            raise LinkError(leaving)
+        return link
+
+    def _arrival(self, who: int, timeout_s: float, to_client: TlsLink | None) -> ssl.SSLSocket:
+        """The connection from ``who``, welcomed. Ends early without a client."""
+        deadline = time.monotonic() + timeout_s
+        with self._arrivals:
+            while (sock := self._arrived.get(who)) is None:
+                if self._leaving:
+                    raise LinkError(self._leaving)
+                if to_client is not None and (lost := to_client.problems(0.0)):
+                    raise lost[0]
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise LinkError(
+                        f"{peer_name(who)} did not call party {self.index} within {timeout_s:g} s"
+                    )
+                self._arrivals.wait(left_s if to_client is None else min(left_s, 0.1))
+            self._arrived[who] = None
+        welcome(sock, {"party": self.index}, self.cluster.limits.connect_s)
+        return sock
+
+    def _meet(self, to_client: TlsLink) -> dict[int, ssl.SSLSocket]:
+        """Connections to both peers for this run: lower indices call, higher ones answer. Ends early without
+        a client."""
+        timeout_s = self.cluster.limits.connect_s
+        peers: dict[int, ssl.SSLSocket] = {}
+        try:
+            for peer in range(self.index):
+                peers[peer] = self._arrival(peer, timeout_s, to_client)
+            for peer in range(self.index + 1, 3):
+                member = self.cluster.parties[peer]
+                peers[peer], _ = dial(
+                    (member.host, member.port),
+                    self._as_client,
+                    name=f"party {peer}",
+                    identity=party_identity(peer),
+                    fingerprint=member.fingerprint,
+                    hello={"run": self.job.run},
+                    run=self.job.run,
+                    timeout_s=timeout_s,
+                    give_up=lambda: bool(to_client.problems(0.0)),
+                )
+                if fingerprint_of(peers[peer]) in self.job.revoked:
+                    raise LinkError(
+                        f"party {self.index} does not take the certificate of party {peer} any more"
+                    )
+        except BaseException:
+            for sock in peers.values():
+                sock.close()
+            raise
+        return peers
+
+    def _prepare(self, link: TlsLink) -> Machine:
+        job = self.job
+        terms = run_terms(job.run, job.client, job.options, job.terms)
+        keys = agree(link, self._peers, job.run, terms, self.cluster.limits.stall_s)
+        return self._make_machine(self.index, link, keys, {**job.options, **job.operator})
+
+    @property
+    def _peers(self) -> list[int]:
+        return [i for i in range(3) if i != self.index]
+
+    def _stream(self, to_client: TlsLink) -> MessageStream:
+        limits = self.cluster.limits
+        return MessageStream(to_client, CLIENT, limits.max_message_bytes, limits.max_frame_bytes)
+
+    def _serve(self, to_client: TlsLink, to_peers: TlsLink, machine: Machine) -> None:
+        limits = self.cluster.limits
+        stream = self._stream(to_client)
+        stream.send({"ready": True})
+        for number in range(2**62):
+            header, tensors = stream.receive(limits.idle_s, "the next command", limits.stall_s)
+            command, attachments = from_message(header, tensors)
+            del tensors
+            compare_digests(to_peers, self._peers, number, digest(command, attachments), limits.stall_s)
+            if isinstance(command, Close):
+                stream.send({})
+                return
+            self._calls += isinstance(command, Call)
+            span = type(command).__name__.lower()
+            with telemetry.span(span) if span in telemetry.SPANS else contextlib.nullcontext():
+                reply, values = machine.handle(command, attachments)
+            del attachments
+            stream.send(reply, values)
+
+    def _share(self, to_client: TlsLink) -> None:
+        from sfumato.runtime.sharing import receive_model
+        from sfumato.runtime.store import ModelStore
+
+        limits, host = self.cluster.limits, self.job.operator["host"]
+        store = ModelStore(host["store"], host["key"], self.index)
+        stream = self._stream(to_client)
+        receive_model(stream, store, self.job.client, idle_s=limits.idle_s, stall_s=limits.stall_s)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Where it happened, without the exception's text: that may hold values."""
+    frames = [
+        f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)
+    ]
+    _log.error("%s: %s at %s", what, type(error).__name__, " < ".join(reversed(frames)))
+
+
+#: glibc's mallopt: parameter and value. One arena whose freed blocks are kept for the next tensor.
+_HOLD = {
+    "arena_max": (-8, 1),
+    "mmap_threshold": (-3, 32 << 20),
+    "trim_threshold": (-1, 512 << 20),
+    "top_pad": (-2, 16 << 20),
+}
+
+
+def _hold_memory() -> None:
+    """Keep freed memory instead of giving it back at once: fresh pages of large tensors cost more time than what is
+    computed on them. No more is held than was in use before; where there is no such setting, nothing changes."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _HOLD.values():
+            mallopt(parameter, value)
