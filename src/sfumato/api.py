@@ -171,7 +171,7 @@ def deploy(
     protocol: str = "rep3",
     keys: str | Path | None = None,
     fused: bool = True,
-    certificate: bool = True,
+    certificate: bool | str = True,
 ) -> Deployment:
     """Load a plan and its weights at the parties, for many calls.
 
@@ -181,7 +181,8 @@ def deploy(
     ``cluster``: path of a cluster file (with the client's keys beside it, or in ``keys``); else ``backend``:
     ``"local"`` starts three processes over mTLS, ``"simulate"`` one thread, ``"plain"`` no secrecy.
 
-    ``certificate``: check a few elements of every layer against the calibrated range, for the client alone.
+    ``certificate``: check a few elements of every layer against the calibrated range, for the client alone; ``"all"``
+    checks every element of every value that was planned for a range.
 
     Raises:
         JobError: there is no such shared model for this client, or it is a pipeline.
@@ -260,7 +261,7 @@ def run(
     protocol: str = "rep3",
     cluster: str | Path | None = None,
     fused: bool = True,
-    certificate: bool = True,
+    certificate: bool | str = True,
 ) -> Result:
     """Run a plan once on the client's arguments and reveal the outputs to the client alone.
 
@@ -277,7 +278,7 @@ def run(
 
 
 def estimate(
-    plan: Plan, protocol: str = "rep3", *, fused: bool = True, certificate: bool = True
+    plan: Plan, protocol: str = "rep3", *, fused: bool = True, certificate: bool | str = True
 ) -> CostReport:
     """The exact cost of one :func:`run`, from a run on shapes: rounds, bytes per party and by path."""
     if protocol == "plain":

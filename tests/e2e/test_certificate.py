@@ -52,6 +52,34 @@ def test_it_can_be_switched_off_and_then_costs_nothing() -> None:
     assert not any("certificate" in path for path in result.cost.by_path)
 
 
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores come in blocks of rows, a row's sum and the maximum inside."""
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(("module", "named"), [(nn.SiLU(), r"silu at the root \(1 elements\)"), (Attention(), "scores")])
+def test_every_element_can_be_looked_at(module: nn.Module, named: str) -> None:
+    plan = sf.make_plan(sf.capture(module, (inputs(1.0),)), calibration=[((inputs(1.0),), {})])
+    one_outlier = inputs(1.0)
+    one_outlier[17, 3] = 60.0
+    result = sf.run(plan, (inputs(1.0),), backend="simulate", certificate="all")
+    assert torch.allclose(result.outputs, module(inputs(1.0)), atol=1e-3)
+    with pytest.raises(sf.RangeError, match=named):
+        sf.run(plan, (one_outlier,), backend="simulate", certificate="all")
+    if isinstance(module, nn.SiLU):
+        sf.run(plan, (one_outlier,), backend="simulate")  # eight samples of 512 elements miss it
+
+
+def test_looking_at_every_element_costs_what_the_estimate_says() -> None:
+    plan = sf.make_plan(sf.capture(model(), (inputs(1.0),)))
+    result = sf.run(plan, (inputs(1.0),), backend="simulate", certificate="all")
+    assert sf.estimate(plan, certificate="all").same_cost(result.cost)
+    assert result.cost.total_bytes > sf.estimate(plan).total_bytes
+    with pytest.raises(JobError, match="certificate must be"):
+        sf.estimate(plan, certificate="most")  # type: ignore[arg-type]
+
+
 def chain() -> sf.Plan:
     """A plan whose outputs fit its inputs, so that calls can follow each other."""
     torch.manual_seed(1)

@@ -40,7 +40,9 @@ class Pipe:
     def estimate(self, **arguments: Any) -> CostReport:
         return report(arguments["num_inference_steps"])
 
-    def __call__(self, prompt: str, *, num_inference_steps: int, generator: Any, callback_on_step_end: Any, **_: Any) -> Any:
+    def __call__(
+        self, prompt: str, *, num_inference_steps: int, generator: Any, callback_on_step_end: Any, **_: Any
+    ) -> Any:
         self.calls += 1
         if prompt == "lost":
             raise LinkError("party 1 is silent")

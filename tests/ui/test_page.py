@@ -22,7 +22,7 @@ from sfumato.ui.settings import Settings
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("default::DeprecationWarning")]
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*")]
 
 DONE = '.sf-stage[data-state="done"]'
 RUNNING = '.sf-stage[data-state="running"]'
@@ -56,9 +56,7 @@ def draw(page: Page, prompt: str = "a boat") -> None:
 # ---- for real ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "backend", ["simulate", pytest.param("local", marks=pytest.mark.processes)]
-)
+@pytest.mark.parametrize("backend", ["simulate", pytest.param("local", marks=pytest.mark.processes)])
 def test_from_opening_to_the_image_by_clicks_alone(visit: Any, backend: str, tmp_path: Path) -> None:
     from sfumato.ui.server import running
 
@@ -148,7 +146,9 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(visit: Any, stand_in: Any, 
         assert beyond == []
         draw(page, "a word that is very long " + "m" * 60)
     # What was drawn below the form is brought into view, by a smooth scroll.
-    page.wait_for_function("document.querySelector('.sf-stage').getBoundingClientRect().top < innerHeight - 100")
+    page.wait_for_function(
+        "document.querySelector('.sf-stage').getBoundingClientRect().top < innerHeight - 100"
+    )
     dark = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
     assert (int(dark.split("(")[1].split(",")[0]) < 60) == (scheme == "dark")
 
@@ -158,7 +158,10 @@ def test_the_page_does_not_jump(visit: Any, stand_in: Any) -> None:
     page = visit(url)
 
     def places() -> list[Any]:
-        return [page.locator(name).bounding_box() for name in ("#sf-prompt", "#sf-estimate", "#sf-buttons", "#sf-stage")]
+        return [
+            page.locator(name).bounding_box()
+            for name in ("#sf-prompt", "#sf-estimate", "#sf-buttons", "#sf-stage")
+        ]
 
     before = places()
     page.wait_for_selector(READY)
@@ -327,7 +330,9 @@ def test_the_server_answers_only_its_own_page(visit: Any, stand_in: Any) -> None
     assert page.evaluate("localStorage.length + sessionStorage.length") == 0
 
 
-def test_the_picture_that_is_saved_is_the_one_that_is_shown(visit: Any, stand_in: Any, tmp_path: Path) -> None:
+def test_the_picture_that_is_saved_is_the_one_that_is_shown(
+    visit: Any, stand_in: Any, tmp_path: Path
+) -> None:
     page = visit(stand_in[1])
     draw(page)
     with page.expect_download() as download:

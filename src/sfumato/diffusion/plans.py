@@ -62,7 +62,9 @@ class Planner:
             clamp = Clamp(*prepared.schedule.clip)
             made["clip"] = self._small(prepared, "clip", clamp, lambda: measured().clips)
         if prepared.picture is not None and prepared.picture.mask is not None:
-            made["blend"] = self._small(prepared, "blend", Blend(), lambda: measured().blends, prepared.picture.mask)
+            made["blend"] = self._small(
+                prepared, "blend", Blend(), lambda: measured().blends, prepared.picture.mask
+            )
         if "vae" in self._hidden and prepared.request.output_type != "latent":
             made["vae"] = self._vae(prepared, lambda: decoder_samples(prepared.pipe.vae, measured().finals))
         return made
@@ -89,7 +91,10 @@ class Planner:
 
     def _unet(self, prepared: Prepared, denoiser: nn.Module, samples: Callable[[], Any]) -> Plan:
         first = call_kwargs(
-            prepared.schedule.timesteps[0], torch.zeros_like(prepared.embeds), prepared.condition, prepared.extra
+            prepared.schedule.timesteps[0],
+            torch.zeros_like(prepared.embeds),
+            prepared.condition,
+            prepared.extra,
         )
         # Embeddings that the parties hold are an input like the latents; else the client knows them.
         held = prepared.ids is not None

@@ -5,7 +5,8 @@ planned for a range with that range, so are a norm's mean squares and an attenti
 result of any other call with a wide bound. While a plan runs, samples are only kept; they are compared when something
 that descends from the run is to be opened, those of many runs in one batch. The client alone learns how many of each
 call's samples were outside. Sampling misses rare outliers: with n samples a call, a share q of violations goes unseen
-with probability (1 - q)^n.
+with probability (1 - q)^n. With ``every`` all elements of everything that was planned for a range are compared instead,
+at about the price of the functions themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
 from sfumato.types import Z64, Ring, Shared
 
-__all__ = ["SAMPLES", "Samples", "failed", "sample_count", "violations", "watched", "window"]
+__all__ = ["SAMPLES", "Samples", "Taken", "failed", "sample_count", "violations", "watched", "window"]
 
 #: Elements looked at per watch.
 SAMPLES = 8
-#: Bits of a comparison: so many below the top bit of a bound, the rest are room for values beyond it.
-_WINDOW_BITS, _BELOW = 48, 30
+#: Bits of a comparison, and how many of them lie below the top bit of a bound; the rest are room for values beyond it.
+#: Where every element is compared bits cost: a value is held to its bounds up to 2^-24 of the larger one.
+_WINDOW, _WINDOW_OF_EVERY = (48, 30), (40, 24)
 #: Units of a sample's last bit that it may lie outside: rounding.
 _ROUNDING = 4
 _POSITIVE = (1 << 62) - 1
@@ -45,8 +47,15 @@ def watched(plan: Plan) -> list[str]:
 
 
 def sample_count(plan: Plan) -> int:
-    """Elements that one run of the plan leaves to be compared."""
+    """Elements that one run of the plan leaves to be compared, where not every one is."""
     return SAMPLES * len(plan.watches)
+
+
+class Taken(NamedTuple):
+    """What one run left: all samples in a row, shifted as :func:`window` says, and how many belong to each watch."""
+
+    values: Shared
+    sizes: tuple[int, ...]
 
 
 def _tops(plan: Plan) -> dict[str, int]:
@@ -58,20 +67,22 @@ def _tops(plan: Plan) -> dict[str, int]:
     }
 
 
-def window(plan: Plan, ring: Ring) -> Window:
+def window(plan: Plan, ring: Ring, *, every: bool = False) -> Window:
     """The bits that tell a value's side of its bound. Samples are shifted up until all bounds have the same top bit."""
-    top = max(_tops(plan).values())
-    shift = min(max(0, top - _BELOW), ring.bits - 2)
-    return Window(shift, min(_WINDOW_BITS, ring.bits - 1 - shift))
+    bits, below = _WINDOW_OF_EVERY if every else _WINDOW
+    shift = min(max(0, max(_tops(plan).values()) - below), ring.bits - 2)
+    return Window(shift, min(bits, ring.bits - 1 - shift))
 
 
 class Samples:
-    """Collects a few elements per watch while a plan runs once under ``path``."""
+    """Collects elements per watch while a plan runs once under ``path``: a few of them, or with ``every`` all of those
+    that were planned for a range."""
 
-    def __init__(self, protocol: Protocol, plan: Plan, path: str) -> None:
+    def __init__(self, protocol: Protocol, plan: Plan, path: str, *, every: bool = False) -> None:
         self._protocol = protocol
         self._plan = plan
         names = watched(plan)
+        self._every = {name for name in names if every and plan.watches[name].ranged}
         words = stream_words(_PUBLIC, f"{path}|certificate", Z64, (len(names), SAMPLES))
         self._random = dict(zip(names, words.numpy() & _POSITIVE, strict=True))
         self._path = path
@@ -79,14 +90,14 @@ class Samples:
         self._blocks: dict[str, int] = {}
 
     def look(self, node: Node, value: Callable[[str], Any]) -> None:
-        """Keep a few elements of a call's argument or result. Local; the positions are public and differ by call."""
+        """Keep elements of a call's argument or result. Local; the positions are public and differ by call."""
         watch = self._plan.watches.get(node.name)
         if watch is not None:
             shared: Shared = value(watch.name)
             self._found[node.name] = self._picked(node.name, shared, self._plan.options.frac)
 
     def look_inside(self, node: Node, part: str, value: Shared) -> None:
-        """Keep a few elements of a value inside a call; where it comes in blocks, each sample is from any of them."""
+        """Keep elements of a value inside a call; where it comes in blocks, each sample is from any of them."""
         key = f"{node.name}.{part}"
         watch = self._plan.watches.get(key)
         if watch is None:
@@ -94,6 +105,10 @@ class Samples:
         block = self._blocks[key] = self._blocks.get(key, 0) + 1
         if block == 1:
             self._found[key] = self._picked(key, value, watch.frac)
+            return
+        if key in self._every:
+            kept, more = self._found[key], self._picked(key, value, watch.frac)
+            self._found[key] = self._protocol.linear(lambda *parts: torch.cat(parts), kept, more)
             return
         words = stream_words(_PUBLIC, f"{self._path}|{key}|{block}", Z64, (2, SAMPLES)).numpy() & _POSITIVE
         self._random[key] = words[0]
@@ -104,9 +119,11 @@ class Samples:
         )  # fmt: skip
 
     def _picked(self, key: str, shared: Shared, frac: int) -> Shared:
-        flat = torch.from_numpy(self._random[key] % shared.type.numel)
+        flat = None if key in self._every else torch.from_numpy(self._random[key] % shared.type.numel)
 
         def pick(part: Tensor) -> Tensor:
+            if flat is None:
+                return part.reshape(-1)
             if part.device.type == "meta":
                 return part.new_empty((SAMPLES,))
             # By position: a transposed or expanded component is not copied for eight of its elements.
@@ -115,42 +132,52 @@ class Samples:
         picked = self._protocol.linear(pick, shared)
         return self._protocol.lift(picked, frac) if picked.frac < frac else picked
 
-    def taken(self) -> Shared:
-        """All samples of the run, still secret: (watches, SAMPLES); each shifted as :func:`window` says."""
+    def taken(self) -> Taken:
+        """All samples of the run, still secret."""
         tops, frac = _tops(self._plan), self._plan.options.frac
         highest = max(tops.values())
         names = watched(self._plan)
-        factors = torch.tensor([[1 << min(62, highest - tops[name])] for name in names])
+        factors = [1 << min(62, highest - tops[name]) for name in names]
 
-        def stacked(*parts: Tensor) -> Tensor:
-            both: Tensor = torch.stack(parts)
-            return both * factors.to(device=both.device, dtype=both.dtype)
+        def joined(*parts: Tensor) -> Tensor:
+            return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)])
 
-        return self._protocol.linear(stacked, *(self._found[name].viewed(frac) for name in names))
+        found = [self._found[name].viewed(frac) for name in names]
+        return Taken(self._protocol.linear(joined, *found), tuple(x.type.numel for x in found))
 
 
-async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, Sequence[Shared]]]) -> Shared:
+async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, Sequence[Taken]]]) -> Shared:
     """Samples outside their bounds by watched call, summed over the runs of each plan; whole numbers, still secret:
     those of the first plan's calls, then of the next one's.
 
-    Cost: one comparison of 48 bits and one conversion for 2 * SAMPLES elements a call and run, all at once.
+    Cost: one comparison of 48 bits (40 for every element) and one conversion for twice the elements, all at once.
     """
     counts = await session.gather(*(partial(_counts, p, plan, taken) for plan, taken in runs))
     return p.linear(lambda *parts: torch.cat(parts), *counts)
 
 
-async def _counts(p: Protocol, plan: Plan, taken: Sequence[Shared], session: Session) -> Shared:
-    values = p.linear(lambda *parts: torch.cat(parts, 1), *taken)  # (watches, runs * SAMPLES)
-    bounds = p.encode(values, _bounds(plan))  # (2, watches, 1)
+async def _counts(p: Protocol, plan: Plan, taken: Sequence[Taken], session: Session) -> Shared:
+    values = p.linear(lambda *parts: torch.cat(parts), *(run.values for run in taken))
+    sizes = torch.tensor([size for run in taken for size in run.sizes])
+    side = window(plan, values.ring, every=values.type.numel > len(taken) * sample_count(plan))
+    bounds = _bounds(plan, side).repeat(1, len(taken)).repeat_interleave(sizes, 1)  # (2, elements)
     room = p.linear(lambda part: torch.stack([part, -part]), values)
     outside = await p.less_than_zero(
-        session, p.add_public(session, room, bounds), window(plan, values.ring), ring=Z64
+        session, p.add_public(session, room, p.encode(values, bounds)), side, ring=Z64
     )
-    return p.linear(lambda part: part.sum((0, 2)), outside)
+    watch = torch.arange(len(plan.watches)).repeat(len(taken)).repeat_interleave(sizes)
+
+    def counted(part: Tensor) -> Tensor:
+        if part.device.type == "meta":
+            return part.new_empty((len(plan.watches),))
+        return part.new_zeros(len(plan.watches)).index_add_(0, watch.to(part.device), part.sum(0))
+
+    return p.linear(counted, outside)
 
 
-def _bounds(plan: Plan) -> Tensor:
-    """(-lo, hi) of every watch, in the units of the shifted samples: (2, watches, 1)."""
+def _bounds(plan: Plan, side: Window) -> Tensor:
+    """(-lo, hi) of every watch, in the units of the shifted samples and with room for rounding and for what the window
+    does not tell from a negative number: (2, watches)."""
     tops, frac, names = _tops(plan), plan.options.frac, watched(plan)
     highest = max(tops.values())
     ends = []
@@ -158,16 +185,17 @@ def _bounds(plan: Plan) -> Tensor:
         watch = plan.watches[name]
         own = frac if watch.frac < 0 else watch.frac
         scale = math.ldexp(1.0, own - frac + highest - tops[name])
-        more = math.ldexp(_ROUNDING, -own)
-        ends.append([(more - watch.lo) * scale, (watch.hi + more) * scale])
-    return torch.tensor(ends, dtype=torch.float64).T.unsqueeze(-1)
+        more = math.ldexp(_ROUNDING, -own) * scale + math.ldexp(1.0, side.shift - frac)
+        ends.append([more - watch.lo * scale, watch.hi * scale + more])
+    return torch.tensor(ends, dtype=torch.float64).T
 
 
-def failed(plan: Plan, counts: Sequence[float], runs: int) -> list[str]:
+def failed(plan: Plan, counts: Sequence[float], runs: int, *, every: bool = False) -> list[str]:
     """One line per watch that left its range in any of ``runs`` runs."""
     where = {n.name: n.module_path or "the root" for n in plan.secret_nodes}
-    return [
-        f"{name} at {where[name.partition('.')[0]]} ({int(count)} of {SAMPLES * runs} samples)"
-        for name, count in zip(watched(plan), counts, strict=True)
-        if count > 0
-    ]
+    lines = []
+    for name, count in zip(watched(plan), counts, strict=True):
+        looked = "elements" if every and plan.watches[name].ranged else f"of {SAMPLES * runs} samples"
+        if count > 0:
+            lines.append(f"{name} at {where[name.partition('.')[0]]} ({int(count)} {looked})")
+    return lines

@@ -27,7 +27,7 @@ from sfumato.types import Ring, Secret
 
 __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "load_side", "make_plan"]
 
-FORMAT = 2
+FORMAT = 3
 #: Named error budgets; the numeric handlers read the name. Profiles of papers come later.
 PROFILES = ("precise", "fast", *PAPERS)
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
@@ -311,8 +311,8 @@ def _with_risk(options: Options, measured: Calibration, guessed: bool, notes: li
 
 
 def _watch(row: Sequence[Any]) -> Watch:
-    name, lo, hi, frac = row
-    return Watch(str(name), float(lo), float(hi), int(frac))
+    name, lo, hi, frac, ranged = row
+    return Watch(str(name), float(lo), float(hi), int(frac), bool(ranged))
 
 
 def _problems(placed: Placed) -> list[str]:

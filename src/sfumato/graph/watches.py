@@ -21,12 +21,14 @@ Choices = Mapping[str, Mapping[str, Any]]
 
 class Watch(NamedTuple):
     """What is looked at of a call: the value ``name``, or without a name a value inside it, which belongs into
-    [lo, hi] and has ``frac`` fraction bits (-1: those of the plan)."""
+    [lo, hi] and has ``frac`` fraction bits (-1: those of the plan). ``ranged``: it was planned for that range; else the
+    bound is a wide one on a result that has no range of its own."""
 
     name: str
     lo: float
     hi: float
     frac: int = -1
+    ranged: bool = True
 
 
 def watch_calls(
@@ -62,4 +64,4 @@ def _watches(
     if highest <= 0.0:
         return {}
     bound = float(choice.get("sum", short_up(highest * SLACK)))
-    return {node.name: Watch(node.name, -bound, bound)}
+    return {node.name: Watch(node.name, -bound, bound, ranged=False)}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sfumato.errors import RangeError
+from sfumato.errors import JobError, RangeError
 from sfumato.graph.certificate import failed, sample_count, watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
@@ -68,12 +68,14 @@ class Backend(ABC):
     last_call: Sequence[Took] = ()
     last_certificate: Sequence[Took] = ()
 
-    def __init__(self, *, certify: bool = True) -> None:
+    def __init__(self, *, certificate: bool | str = True) -> None:
         self._client_bytes = 0
         self._setup_bytes = 0
         self._secret_weights: dict[str, dict[str, str]] = {}
         self._plans: dict[str, Plan] = {}
-        self._certify = certify
+        if certificate not in (True, False, "all"):
+            raise JobError(f"certificate must be True, False or 'all', not {certificate!r}")
+        self._certify, self._every = bool(certificate), certificate == "all"
         self._lineage = Lineage()
         self._certificates = 0
         self._started = time.monotonic()
@@ -160,7 +162,8 @@ class Backend(ABC):
         run = {"run": path, "plan": name} if samples else {}
         self._release(self._lineage.derive(outputs, given.values(), **run))
         waiting = self._lineage.waiting()
-        if sum(sample_count(self._plans[plan]) * len(runs) for plan, runs in waiting.items()) > _MOST_SAMPLES:
+        count = sum(sample_count(self._plans[plan]) * len(runs) for plan, runs in waiting.items())
+        if count > (0 if self._every else _MOST_SAMPLES):
             self._judge(waiting)
 
     def _call(self, command: Call) -> Sequence[Took]:
@@ -216,7 +219,7 @@ class Backend(ABC):
         for name, paths in waiting.items():
             plan = self._plans[name]
             own, counts = counts[: len(watched(plan))], counts[len(watched(plan)) :]
-            outside = failed(plan, own, len(paths))
+            outside = failed(plan, own, len(paths), every=self._every)
             problem = None
             if outside:
                 problem = (

@@ -25,6 +25,9 @@ class Handles:
         """``handle`` is this value from now on."""
         self._kept[handle] = (value, label)
 
+    def __contains__(self, handle: str) -> bool:
+        return handle in self._kept
+
     def value(self, handle: str) -> Shared:
         """``JobError`` when there is none."""
         return self._entry(handle)[0]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sfumato.graph.certificate import Taken
 from sfumato.runtime.backend import Backend, tensor_bytes
 from sfumato.runtime.commands import Call, Command, Load
 from sfumato.runtime.machine import PartyMachine
@@ -33,7 +34,7 @@ class _Repeat(NamedTuple):
     lengths: list[tuple[int, ...]]
     rows: list[dict[str, Row]]
     departures: list[set[tuple[int, tuple[int, ...]]]]
-    values: list[list[Shared]]
+    values: list[tuple[list[Shared], Taken | None]]
 
     @staticmethod
     def of(machines: Sequence[PartyMachine], command: Call) -> _Repeat:
@@ -82,7 +83,7 @@ class Lockstep(Backend):
     """All parties in this process, in one thread: ``simulate``, ``plain`` and ``meta``."""
 
     def __init__(self, kind: str, options: Mapping[str, Any], *, seed: bytes | None = None) -> None:
-        super().__init__(certify=bool(options.get("certificate", True)))
+        super().__init__(certificate=options.get("certificate", True))
         self.protocol = "plain" if kind == "plain" else str(options.get("protocol", "rep3"))
         self.device = "meta" if kind == "meta" else "cpu"
         count = 1 if self.protocol == "plain" else 3

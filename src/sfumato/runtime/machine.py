@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InsecureError, JobError
-from sfumato.graph.certificate import Samples, violations, watched
+from sfumato.graph.certificate import Samples, Taken, violations, watched
 from sfumato.graph.execute import execute
 from sfumato.graph.plan import Plan
 from sfumato.link.base import Link
@@ -87,12 +87,13 @@ class PartyMachine:
         self._stall_s = float(options.get("stall_s", _DEFAULT_STALL_S))
         self._largest = int(options.get("largest_bytes", _LARGEST_BYTES))
         self._files = str(options.get("weights_folder", ""))
+        self._every = options.get("certificate") == "all"
         self._root = Session(party, link, streams, self.ledger, device=device)
         self._host = host or Host()
         self._models = SharedModels(self._host)
         self._handles = Handles()
         # What runs left for their certificates, with the plan that judges it; no command opens or replaces it.
-        self._samples: dict[str, tuple[Plan, Shared, Label]] = {}
+        self._samples: dict[str, tuple[Plan, Taken, Label]] = {}
         self._reveals = 0
         self._plans: dict[str, Loaded] = {}
 
@@ -158,19 +159,19 @@ class PartyMachine:
     def clock(self, now: Clock) -> None:
         self._root.clock = now
 
-    def known(self, command: Call) -> list[Shared]:
-        """What a call made: its outputs, then its samples if it left any."""
-        left = [self._samples[command.samples][1]] if command.samples is not None else []
-        return [*(self._handles.value(handle) for handle in command.outputs), *left]
+    def known(self, command: Call) -> tuple[list[Shared], Taken | None]:
+        """What a call made: its outputs, and its samples if it left any."""
+        left = None if command.samples is None else self._samples[command.samples][1]
+        return [self._handles.value(handle) for handle in command.outputs], left
 
-    def remember(self, command: Call, values: Sequence[Shared]) -> None:
+    def remember(self, command: Call, made: tuple[Sequence[Shared], Taken | None]) -> None:
         """Keep what :meth:`known` gave of another call as if this one had run: for runs on shapes."""
         loaded = self._plans[command.name]
         results, judged = loaded.outcome(map(self._handles.label, command.inputs.values()))
-        for handle, value in zip(command.outputs, values, strict=False):
+        for handle, value in zip(command.outputs, made[0], strict=True):
             self._handles.keep(handle, value, results)
-        if command.samples is not None:
-            self._samples[command.samples] = (loaded.plan, values[-1], judged)
+        if command.samples is not None and made[1] is not None:
+            self._samples[command.samples] = (loaded.plan, made[1], judged)
 
     def close(self) -> None:
         """Forget every share and plan."""
@@ -233,7 +234,7 @@ class PartyMachine:
         if command.samples is not None:
             if not watched(plan):
                 raise JobError(f"nothing of the plan {command.name!r} is watched; it leaves no samples")
-            samples = Samples(self.protocol, plan, session.path)
+            samples = Samples(self.protocol, plan, session.path, every=self._every)
         outputs = await execute(
             self.protocol, session, plan, secrets, command.publics, loaded.held, samples=samples
         )

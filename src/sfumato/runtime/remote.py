@@ -34,7 +34,7 @@ class Remote(Backend):
         options: Mapping[str, Any],
         local: LocalCluster | None = None,
     ) -> None:
-        super().__init__(certify=bool(options.get("certificate", True)))
+        super().__init__(certificate=options.get("certificate", True))
         self.protocol = str(options.get("protocol", "rep3"))
         self._local: LocalCluster | None = None
         self._open: RemoteSession | None = None

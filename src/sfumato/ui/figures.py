@@ -40,7 +40,8 @@ def bars_of(blocks: Sequence[Block]) -> list[Bar]:
     """A bar for each block, in the model's order."""
     total = max(1, sum(block.total_bytes for block in blocks))
     return [
-        Bar(_label(block.name), block.total_bytes, block.total_bytes / total, block.messages) for block in blocks
+        Bar(_label(block.name), block.total_bytes, block.total_bytes / total, block.messages)
+        for block in blocks
     ]
 
 

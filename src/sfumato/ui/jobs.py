@@ -20,7 +20,7 @@ from sfumato.ui.settings import FieldError, Problem, Settings, problem_of
 __all__ = ["Drawn", "Estimate", "Progress", "Run", "Session", "Studio"]
 
 _PIPELINES, _SESSIONS, _HISTORY = 2, 64, 24
-_POLL_S, _REACH_S = 0.1, 5.0
+_POLL_S, _REACH_S = 0.1, 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,9 @@ class Studio:
             cluster, path = Cluster.load(settings.cluster), Path(settings.cluster)
             keys = self.keys or (path if path.is_dir() else path.parent)
             request = {"ask": "models"}
-            replies = [ask(cluster, keys, i, request, timeout_s=_REACH_S) for i in range(len(cluster.parties))]
+            replies = [
+                ask(cluster, keys, i, request, timeout_s=_REACH_S) for i in range(len(cluster.parties))
+            ]
         except JobError as error:
             raise FieldError("parties", problem_of(error).text) from None
         held = [{str(entry["name"]) for entry in reply["models"]} for reply in replies]
@@ -280,7 +282,9 @@ class Studio:
         self._rates[settings.key] = report.seconds / max(1, report.total_bytes)
         shares = tuple(png_of(share_picture(share)) for share in pipe.last_shares)
         bars = tuple(bars_of(blocks_of(report, plans)))
-        return Drawn(settings=settings, image=png_of(output.images[0]), shares=shares, report=report, bars=bars)
+        return Drawn(
+            settings=settings, image=png_of(output.images[0]), shares=shares, report=report, bars=bars
+        )
 
     def _pipe(self, settings: Settings) -> Any:
         """The pipeline for these settings, kept for the next run; the oldest is closed to make room."""

@@ -80,7 +80,9 @@ class _Page:
         )  # fmt: skip
         self.errors = {"prompt": gr.HTML("", elem_classes="sf-slot")}
         with gr.Row(elem_id="sf-examples"):
-            self.examples = [gr.Button(text, size="sm", min_width=0, elem_classes="sf-chip") for text in EXAMPLES]
+            self.examples = [
+                gr.Button(text, size="sm", min_width=0, elem_classes="sf-chip") for text in EXAMPLES
+            ]
         known = any(value == start.model for _, value in _MODELS)
         self.model = gr.Dropdown(
             [*_MODELS, *([] if known else [(start.model, start.model)])], value=start.model, label="Model",
@@ -114,17 +116,31 @@ class _Page:
         self.estimate = gr.HTML(view.counting(False), elem_id="sf-estimate")
         self.errors["run"] = gr.HTML("", elem_classes="sf-slot")
         with gr.Row(elem_id="sf-buttons"):
-            self.generate = gr.Button("Generate", variant="primary", elem_id="sf-generate", scale=3, min_width=120)
+            self.generate = gr.Button(
+                "Generate", variant="primary", elem_id="sf-generate", scale=3, min_width=120
+            )
             self.cancel = gr.Button("Cancel", interactive=False, elem_id="sf-cancel", scale=1, min_width=90)
 
     # ---- events --------------------------------------------------------------------------------------------
 
     def listen(self, page: gr.Blocks) -> None:
         """Connect what a person does with what happens."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        moving = [self.stage, self.history, self.spoken, self.generate, self.cancel, self.more, *self.errors.values()]
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": None,
+        }
+        moving = [
+            self.stage,
+            self.history,
+            self.spoken,
+            self.generate,
+            self.cancel,
+            self.more,
+            *self.errors.values(),
+        ]
         page.load(self.on_load, None, moving, **quiet)
-        counted = [self.estimate, self.model, *self.errors.values()]
+        counted = [self.estimate, self.model, self.more, *self.errors.values()]
         page.load(self.on_change, self.fields, counted, **quiet)
         gr.on(
             [field.change for field in self.fields[1:]],
@@ -142,7 +158,12 @@ class _Page:
         self.history.click(self.on_pick, None, [self.stage, self.history, *self.fields], **quiet)
         for button, text in zip(self.examples, EXAMPLES, strict=True):
             button.click(
-                None, None, self.prompt, js=f"() => {text!r}", show_progress="hidden", api_visibility="private"
+                None,
+                None,
+                self.prompt,
+                js=f"() => {text!r}",
+                show_progress="hidden",
+                api_visibility="private",
             )
 
     def _session(self, request: gr.Request) -> Session:
@@ -168,7 +189,9 @@ class _Page:
             settings = Settings.of(*values)
             held = self._studio.models(settings)
             if held:
-                yield {self.model: gr.update(choices=[*_MODELS, *((name, f"cluster:{name}") for name in held)])}
+                yield {
+                    self.model: gr.update(choices=[*_MODELS, *((name, f"cluster:{name}") for name in held)])
+                }
             shown, problem = view.estimate(self._studio.estimate(settings)), None
         except Exception as error:
             shown, problem = view.unknown(), problem_of(error, "model")

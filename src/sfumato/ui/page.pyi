@@ -32,7 +32,6 @@ _PICK = """element.addEventListener('click', (event) => {
   if (button) trigger('click', {index: Number(button.dataset.index)});
 });"""
 
-
 def dress() -> dict[str, Any]:
     """Theme, styles and script of the page, as `mount_gradio_app` takes them."""
     plain = ["system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
@@ -46,19 +45,19 @@ def dress() -> dict[str, Any]:
         "head": '<meta name="color-scheme" content="light dark">',
     }
 
-from gradio.events import Dependency
-
 class _Slider(gr.Slider):
     """A slider whose number may be anything: `Settings` says what is wrong with it, in our words and our place."""
 
     def preprocess(self, payload: float) -> float:
         return payload
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class _Page:
     """The components by name, and what their events do."""
@@ -86,7 +85,9 @@ class _Page:
         )  # fmt: skip
         self.errors = {"prompt": gr.HTML("", elem_classes="sf-slot")}
         with gr.Row(elem_id="sf-examples"):
-            self.examples = [gr.Button(text, size="sm", min_width=0, elem_classes="sf-chip") for text in EXAMPLES]
+            self.examples = [
+                gr.Button(text, size="sm", min_width=0, elem_classes="sf-chip") for text in EXAMPLES
+            ]
         known = any(value == start.model for _, value in _MODELS)
         self.model = gr.Dropdown(
             [*_MODELS, *([] if known else [(start.model, start.model)])], value=start.model, label="Model",
@@ -119,15 +120,29 @@ class _Page:
         self.estimate = gr.HTML(view.counting(False), elem_id="sf-estimate")
         self.errors["run"] = gr.HTML("", elem_classes="sf-slot")
         with gr.Row(elem_id="sf-buttons"):
-            self.generate = gr.Button("Generate", variant="primary", elem_id="sf-generate", scale=3, min_width=120)
+            self.generate = gr.Button(
+                "Generate", variant="primary", elem_id="sf-generate", scale=3, min_width=120
+            )
             self.cancel = gr.Button("Cancel", interactive=False, elem_id="sf-cancel", scale=1, min_width=90)
 
     # ---- events --------------------------------------------------------------------------------------------
 
     def listen(self, page: gr.Blocks) -> None:
         """Connect what a person does with what happens."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        moving = [self.stage, self.history, self.spoken, self.generate, self.cancel, self.more, *self.errors.values()]
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": None,
+        }
+        moving = [
+            self.stage,
+            self.history,
+            self.spoken,
+            self.generate,
+            self.cancel,
+            self.more,
+            *self.errors.values(),
+        ]
         page.load(self.on_load, None, moving, **quiet)
         page.load(self.on_change, self.fields, [self.estimate, *self.errors.values()], **quiet)
         gr.on(
@@ -145,7 +160,12 @@ class _Page:
         self.history.click(self.on_pick, None, [self.stage, self.history, *self.fields], **quiet)
         for button, text in zip(self.examples, EXAMPLES, strict=True):
             button.click(
-                None, None, self.prompt, js=f"() => {text!r}", show_progress="hidden", api_visibility="private"
+                None,
+                None,
+                self.prompt,
+                js=f"() => {text!r}",
+                show_progress="hidden",
+                api_visibility="private",
             )
 
     def _session(self, request: gr.Request) -> Session:
@@ -257,7 +277,6 @@ class _Page:
         if problem is not None and problem.field == "parties":
             return {**told, self.more: gr.update(open=True)}
         return told
-
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of one studio."""

@@ -55,7 +55,8 @@ class _Guard:
                     headers[name] = value
                 if not known and scope["path"] == "/":
                     headers.append(
-                        "set-cookie", f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly; SameSite=Strict"
+                        "set-cookie",
+                        f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly; SameSite=Strict",
                     )
             await send(message)
 
@@ -69,7 +70,9 @@ def _app(studio: Studio) -> fastapi.FastAPI:
         show_error=False, enable_monitoring=False, pwa=False, mcp_server=False, **dress(),
     )  # fmt: skip
     app.add_middleware(_Guard)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # outermost: no rebound names
+    app.add_middleware(
+        TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]
+    )  # outermost: no rebound names
     return app
 
 
@@ -86,7 +89,9 @@ def listen(port: int) -> socket.socket:
         listener.listen(128)
     except OSError as error:
         listener.close()
-        raise JobError(f"cannot listen on port {port} ({error.strerror}); choose another with --port") from None
+        raise JobError(
+            f"cannot listen on port {port} ({error.strerror}); choose another with --port"
+        ) from None
     return listener
 
 

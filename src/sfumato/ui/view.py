@@ -69,7 +69,9 @@ def estimate(found: Estimate) -> str:
     """The estimate."""
     time = "not known" if found.seconds is None else f"about {_seconds(found.seconds)}"
     rows = [("Rounds", f"{found.rounds:,}"), ("Bytes sent", readable(found.total_bytes)), ("Time", time)]
-    time_note = "The first run measures the time." if found.seconds is None else "The time is as last measured."
+    time_note = (
+        "The first run measures the time." if found.seconds is None else "The time is as last measured."
+    )
     note = f"Exact before it runs. {time_note}"
     return _figures(rows, "ready", note)
 
@@ -136,12 +138,11 @@ def stage(drawn: Drawn) -> str:
         ("To and from you", readable(report.client_bytes)),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
-    what = "picture" if settings.secret_weights else "picture, before your machine decodes it"
     body = f"""<div class="sf-result">
 <figure class="sf-image"><img src="{_uri(drawn.image)}" alt="{escaped(settings.prompt)}">
 <figcaption>{escaped(settings.prompt)}</figcaption></figure>
 <div class="sf-seen"><h3>What each party sent</h3><div class="sf-shares">{shares}</div>
-<p>Each is random by itself. Only the sum of all three, made on your machine, is the {what}.</p></div></div>
+<p>Each is random by itself. Only the sum of all three, made on your machine, becomes the picture.</p></div></div>
 <dl class="sf-facts">{cells}</dl>
 <p class="sf-actions">{_save("Save picture", "sfumato.png", "image/png", drawn.image)}
 {_save("Save report", "sfumato-report.json", "application/json", report.to_json().encode())}</p>
@@ -195,5 +196,7 @@ def history(images: Sequence[Drawn], shown: Drawn | None) -> str:
 
 def _told(drawn: Drawn) -> str:
     settings = drawn.settings
-    weights = "secret" if settings.secret_weights else "public"
-    return escaped(f"{settings.prompt}, {settings.steps} steps, seed {settings.seed}, {weights} weights")
+    weights = (
+        settings.model if settings.shared else f"{'secret' if settings.secret_weights else 'public'} weights"
+    )
+    return escaped(f"{settings.prompt}, {settings.steps} steps, seed {settings.seed}, {weights}")
