@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sfumato.link.base import Frame, tag_of
 from sfumato.link.frames import HEADER_BYTES, pack_header, parse_header
-from sfumato.link.preamble import PREAMBLE_BYTES, Preamble, preamble
 from sfumato.link.memory import memory_links
+from sfumato.link.preamble import PREAMBLE_BYTES, Preamble, preamble
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import encode
 from sfumato.ring.pack import pack, unpack

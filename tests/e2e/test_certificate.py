@@ -58,7 +58,9 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
 
-@pytest.mark.parametrize(("module", "named"), [(nn.SiLU(), r"silu at the root \(1 elements\)"), (Attention(), "scores")])
+@pytest.mark.parametrize(
+    ("module", "named"), [(nn.SiLU(), r"silu at the root \(1 elements\)"), (Attention(), "scores")]
+)
 def test_every_element_can_be_looked_at(module: nn.Module, named: str) -> None:
     plan = sf.make_plan(sf.capture(module, (inputs(1.0),)), calibration=[((inputs(1.0),), {})])
     one_outlier = inputs(1.0)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from sfumato.diffusion.offers import Terms, lessons, offered
 from sfumato.diffusion.pipeline import SecurePipeline
@@ -217,6 +219,26 @@ def test_files_of_an_owner_cannot_run_code(model: ModelToShare) -> None:
     ):
         with pytest.raises(JobError, match=said):
             pipeline_of(replace(given, files=files))
+
+
+def test_a_safety_checker_works_at_the_client(
+    owner: SecurePipeline, tiny_pipeline: StableDiffusionPipeline
+) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={**size, "image_size": 8, "patch_size": 4, "projection_dim": 8},
+        text_config={**size, "vocab_size": 8, "max_position_embeddings": 8},
+        projection_dim=8,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    parts = {**tiny_pipeline.components, "safety_checker": checker, "feature_extractor": extractor}
+    safe = SecurePipeline.from_pipe(StableDiffusionPipeline(**parts), secret="inputs+weights")
+    safe.set_progress_bar_config(disable=True)
+    safe._planner = owner._planner  # which has these plans
+    client = opened(offered(safe, "tiny", Terms(steps=(1,), guidance=(3.0,))))
+    torch.testing.assert_close(client.safety_checker.state_dict(), checker.state_dict())
+    assert client.feature_extractor.crop_size == extractor.crop_size
 
 
 def test_public_weights_reach_the_client_as_files(tiny_pipeline: StableDiffusionPipeline) -> None:

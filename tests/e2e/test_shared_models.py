@@ -108,8 +108,6 @@ def test_a_client_draws_with_a_model_that_it_never_has(
     assert pipe.estimate().same_cost(output.report)
     assert output.report.setup_bytes < 1000, "no weight leaves or reaches the client"
     assert any(path.startswith("/text") for path in output.report.by_path), "the parties encode the text"
-        path for path in output.report.by_path if path.startswith("/text/")
-    }
 
     assert "rounds" in said("estimate", "cluster:tiny", "--cluster", files["client"])
     out = tmp_path / "seven.png"

@@ -323,13 +323,14 @@ def _story() -> list[tuple[Command, list[torch.Tensor]]]:
     """Load, put, call, certify, open, drop: what a client does, with each command's tensors."""
     plan, x = _plan(), [torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)]
     weights = load_side(plan).publics
+    document = json.loads(json.dumps(plan.for_parties()))
     items = tuple(WeightSpec(n, "Z64", 0, tuple(t.shape)) for n, t in weights.items())
     inputs, outputs = (
         dict.fromkeys(plan.client_inputs, "x"),
         tuple(f"y{i}" for i in range(len(plan.secret_outputs))),
     )
     return [
-        (Load("model", json.loads(json.dumps(plan.for_parties())), WeightsSpec("public", items)), list(weights.values())),
+        (Load("model", document, WeightsSpec("public", items)), list(weights.values())),
         (Put("x", "Z64", 18, (2, 4)), x), (Call("model", "call0", inputs, {}, outputs, "y:samples"), []),
         (Affine("z", (Term("y0", 1 << 24, 0, 1), Term("x", 5, 0, 1)), 24, "affine0"), []),
         (Certify("ranges0", (("model", ("y:samples",)),)), []), (Reveal("z"), []), (Drop("x"), []), (Stats(), []),

@@ -74,7 +74,7 @@ def _merged(name: str, module: nn.Module, scale: float) -> nn.Module:
     if hasattr(double, "peft_config"):
         del double.peft_config
     if hasattr(double, "_hf_peft_config_loaded"):
-        double._hf_peft_config_loaded = False
+        vars(double)["_hf_peft_config_loaded"] = False
     return double
 
 

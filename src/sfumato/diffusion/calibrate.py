@@ -87,7 +87,7 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
     found = Trajectories([], [], [], [])
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
-            picture = whole and _picture(pipe, denoiser, whole, run)
+            picture = None if whole is None else _picture(pipe, denoiser, whole, run)
             for kind in found[:3]:
                 kind.append([])
             for k, sample in enumerate(_trajectory(pipe, denoiser, prepared, picture, run, found)):
@@ -163,7 +163,7 @@ def _trajectory(
             following = following + step.result.noise * torch.randn(first.shape, generator=source)
         held["returned"][k + 1] = following
         if picture is not None and picture.mask is not None:
-            found.blends[-1].append(((following, picture.mask), {}))
+            found.blends[-1].append(((following, picture.mask), {}))  # type: ignore[arg-type]
             following = picture.mask * following + (1 - picture.mask) * picture.noised(schedule, k + 1)
         held["samples"][k + 1] = following
     found.finals.append(held["samples"][len(schedule.steps)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.diffusion.probe import probe_schedule
-from sfumato.diffusion.request import Prepared, Request, in_a_sentence
+from sfumato.diffusion.request import Prepared, Request, in_a_sentence, is_real
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
 
@@ -43,8 +42,7 @@ class _ImageRequest(Request):
     def check(self) -> None:
         """As `Request.check`."""
         Request.check(self)
-        known = isinstance(self.strength, numbers.Real) and not isinstance(self.strength, bool)
-        if not known or not 0 <= self.strength <= 1:
+        if not is_real(self.strength) or not 0 <= self.strength <= 1:
             raise JobError(f"strength must lie between 0 and 1, not {self.strength!r}")
 
     def check_model(self, pipe: Any) -> None:

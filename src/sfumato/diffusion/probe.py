@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,7 +181,8 @@ class _Runner:
                 raise JobError(_not_affine(self.scheduler))
             return element(3, k)
 
-        return self.run(*(lambda k, kind=kind: element(kind, k) for kind in range(3)), clip)
+        sample, output, noise = (partial(element, kind) for kind in range(3))
+        return self.run(sample, output, noise, clip)
 
     def run(
         self,

@@ -22,7 +22,16 @@ from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
 
-__all__ = ["Generators", "Prepared", "Request", "image_size", "in_a_sentence", "prepare"]
+__all__ = [
+    "Generators",
+    "Prepared",
+    "Request",
+    "image_size",
+    "in_a_sentence",
+    "is_real",
+    "is_whole",
+    "prepare",
+]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +47,16 @@ _REFUSED = {
 _OUTPUTS = ("pil", "np", "pt", "latent")
 #: What a callback can ask for: the secret latents are opened for it, the embeddings are the client's own.
 _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a caller's value, whatever it is, is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a caller's value, whatever it is, is a number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +116,7 @@ class Request:
         """
         if self.output_type not in _OUTPUTS:
             raise JobError(f"output_type must be one of {', '.join(_OUTPUTS)}, not {self.output_type!r}")
-        if not isinstance(self.num_images_per_prompt, int) or self.num_images_per_prompt < 1:
+        if not is_whole(self.num_images_per_prompt) or self.num_images_per_prompt < 1:
             raise JobError(f"num_images_per_prompt must be at least 1, not {self.num_images_per_prompt}")
         self._check_texts()
         wrong = sorted(set(self.callback_on_step_end_tensor_inputs) - set(_TENSORS))
@@ -115,9 +134,9 @@ class Request:
             ("guidance_rescale", self.guidance_rescale),
             ("eta", self.eta),
         ):
-            if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            if not is_real(number) or not math.isfinite(number):
                 raise JobError(f"{name} must be a finite number, not {number!r}")
-        if self.clip_skip is not None and (not isinstance(self.clip_skip, int) or self.clip_skip < 0):
+        if self.clip_skip is not None and (not is_whole(self.clip_skip) or self.clip_skip < 0):
             raise JobError(f"clip_skip must be a whole number of layers, not {self.clip_skip!r}")
 
     def _check_texts(self) -> None:
@@ -131,7 +150,7 @@ class Request:
                 raise JobError(f"give {name} or {name}_embeds, not both")
             if text is not None and not (isinstance(text, str) or _texts(text)):
                 raise JobError(f"{name} must be a text or a list of texts")
-            if embeds is not None and not (isinstance(embeds, Tensor) and embeds.ndim == 3):
+            if embeds is not None and getattr(embeds, "ndim", 0) != 3:
                 raise JobError(f"{name}_embeds must be a tensor (prompts, tokens, width)")
         if prompt is None and self.prompt_embeds is None:
             raise JobError("give a prompt, or prompt_embeds")

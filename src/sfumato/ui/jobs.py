@@ -304,13 +304,14 @@ class Studio:
     def _open(self, settings: Settings) -> Any:
         from sfumato.diffusion.pipeline import SecurePipeline
 
-        made = {} if settings.shared else {"secret": settings.secret, "profile": self.profile}
+        made: dict[str, Any] = {} if settings.shared else {"secret": settings.secret, "profile": self.profile}
+        if not settings.cluster:
+            made["backend"] = self.backend
         pipe = SecurePipeline.from_pretrained(
             settings.model,
             cluster=settings.cluster or None,
             keys=self.keys,
             **made,
-            **({} if settings.cluster else {"backend": self.backend}),
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -153,8 +153,9 @@ def stage(drawn: Drawn) -> str:
 def _chart(bars: Sequence[Bar]) -> str:
     most = max((bar.share for bar in bars), default=1.0) or 1.0
     rows = "".join(
-        f'<tr><th scope="row">{escaped(bar.label)}</th><td class="sf-track"><i style="width:{100 * bar.share / most:.1f}%">'
-        f"</i></td><td>{readable(bar.total_bytes)}</td><td>{bar.messages:,}</td></tr>"
+        f'<tr><th scope="row">{escaped(bar.label)}</th>'
+        f'<td class="sf-track"><i style="width:{100 * bar.share / most:.1f}%"></i></td>'
+        f"<td>{readable(bar.total_bytes)}</td><td>{bar.messages:,}</td></tr>"
         for bar in bars
     )
     return f"""<table class="sf-chart"><caption>Where the bytes and rounds went, by layer</caption>
@@ -168,7 +169,8 @@ def _stage(state: str, body: str) -> str:
 
 
 def _frame(body: str) -> str:
-    return f'<div class="sf-frame"><div class="sf-smoke" aria-hidden="true"></div><div class="sf-note">{body}</div></div>'
+    smoke = '<div class="sf-smoke" aria-hidden="true"></div>'
+    return f'<div class="sf-frame">{smoke}<div class="sf-note">{body}</div></div>'
 
 
 def _save(label: str, name: str, kind: str, content: bytes) -> str:
@@ -191,7 +193,8 @@ def history(images: Sequence[Drawn], shown: Drawn | None) -> str:
         f'{" aria-current=true" if drawn is shown else ""}><img src="{_uri(drawn.image)}" alt=""></button></li>'
         for i, drawn in enumerate(images)
     )
-    return f'<section class="sf-history" aria-label="History"><h2>Earlier in this session</h2><ul>{items}</ul></section>'
+    title = "<h2>Earlier in this session</h2>"
+    return f'<section class="sf-history" aria-label="History">{title}<ul>{items}</ul></section>'
 
 
 def _told(drawn: Drawn) -> str:
