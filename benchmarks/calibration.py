@@ -175,7 +175,8 @@ def page(record: dict[str, Any]) -> str:
         common.markdown_table(head, rows), "",
         f"`certificate=\"all\"` makes every such run an error that names the layer. It costs "
         f"{costs['all'] / costs['default'] - 1:.0%} more bytes and "
-        f"{costs['all_rounds'] - costs['default_rounds']} more rounds than the default ({costs['default'] / 1e6:.0f} MB, {costs['default_rounds']} rounds for one image, by "
+        f"{costs['all_rounds'] - costs['default_rounds']} more rounds than the default "
+        f"({costs['default'] / 1e6:.0f} MB, {costs['default_rounds']} rounds for one image, by "
         "the estimate, which is exact).", "",
     ])  # fmt: skip
 

@@ -186,7 +186,7 @@ class Workplace:
             )
         if session.outcome == "crashed":
             reason = f"party {self.index} lost the process of this session (killed, or out of memory)"
-            _log.error(reason)
+            _log.error("party %d lost the process of a session (killed, or out of memory)", self.index)
             refuse(sock, reason, "LinkError", self.index)
 
     def _begin(self, session: Supervised, sock: ssl.SSLSocket, trace: str | None) -> Pipe:
