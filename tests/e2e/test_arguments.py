@@ -164,7 +164,9 @@ def test_own_timesteps_and_sigmas(
         output = pipe(**arguments(**given, num_inference_steps=None))
     finally:
         pipe.scheduler = kept
-    assert len(output.report.steps) == 3
+    assert len(output.report.steps) == (3 if "timesteps" in given else 2), (
+        "the last sigma is where the run ends"
+    )
     assert psnr(output.images, other(**arguments(**given, num_inference_steps=None)).images) >= CLOSE
     with pytest.raises(JobError, match="takes no list of"):
         pipe(**arguments(**given))

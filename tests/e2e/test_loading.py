@@ -180,7 +180,7 @@ def test_the_text_encoder_in_half_precision_stops_diffusers_itself(folder: Path,
 
 
 def test_components_and_options_are_passed_on(folder: Path) -> None:
-    scheduler = EulerDiscreteScheduler()
+    scheduler = EulerDiscreteScheduler(steps_offset=1)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False).half()
     pipe = opened(folder, scheduler=scheduler, unet=unet, safety_checker=None, dtype=torch.float16)
     assert isinstance(pipe.scheduler, EulerDiscreteScheduler)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import sfumato
 from sfumato.shell.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +117,12 @@ def test_names_exist() -> None:
             lost.append(name)
     assert len(found) > 20
     assert lost == []
+
+
+def test_the_reference_shows_every_public_name() -> None:
+    shown = set(re.findall(r"^::: sfumato\.(\w+)$", text("docs/api/index.md"), re.M))
+    errors = {name for name in sfumato.__all__ if getattr(sfumato, name).__module__ == "sfumato.errors"}
+    assert set(sfumato.__all__) - errors == shown - {"errors"}
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
