@@ -160,7 +160,6 @@ def test_calibration_is_kept(pipe: SecurePipeline, folder: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"guidance_rescale": 0.5}, "guidance_rescale"),
         ({"prompt": None}, "prompt"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"image": object()}, "'image'"),
