@@ -14,6 +14,7 @@ import torch
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.diffusion.plans import Planner
 from sfumato.errors import JobError
+from sfumato.graph.calibrate import Calibration
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache", "one_plan"),
@@ -22,6 +23,12 @@ pytestmark = [
 ]
 
 STEPS = 4
+WIDEST: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {"clip_sample": True}),
+    ("HeunDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 2.0}),
+    ("KDPM2AncestralDiscreteScheduler", {}),
+]
 CALL: dict[str, Any] = {"prompt": "a handwritten seven", "guidance_scale": 4.0, "output_type": "np"}
 #: Of the embedded model's own scheduler.
 NOISE = {
@@ -54,19 +61,20 @@ RUN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def one_plan(own_cache: None) -> Iterator[None]:
-    """The U-Net is planned twice for all schedulers: for latents that are clamped, and for those that are not."""
+    """The U-Net is planned once for all schedulers, on trajectories of the most different ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sfumato.diffusion.calibrate._RUNS", 8)
-        pipe, plans = opened(), {}
-        for clamped in (False, True):
-            set_scheduler(pipe, "DDIMScheduler", clip_sample=clamped)
-            plans[clamped] = pipe.plan(**CALL, num_inference_steps=12)
-        patch.setattr(Planner, "_unet", lambda _, prepared, *__: plans[prepared.schedule.clip is not None])
+        pipe, seen = opened(), Calibration()
+        for name, options in WIDEST:
+            set_scheduler(pipe, name, **options)
+            seen = seen.merge(pipe.plan(**CALL, num_inference_steps=8).calibration)
+        plan = opened(calibration=seen).plan(**CALL, num_inference_steps=8)
+        patch.setattr(Planner, "_unet", lambda *_: plan)
         yield
 
 
-def opened() -> SecurePipeline:
-    pipe = SecurePipeline.from_pretrained("embedded", backend="plain")
+def opened(**options: Any) -> SecurePipeline:
+    pipe = SecurePipeline.from_pretrained("embedded", backend="plain", **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -103,10 +104,7 @@ class Observed:
 
     def ended(self, index: int) -> float:
         """Sessions that have ended at a party."""
-        lines = self.metrics(index).splitlines()
-        return sum(
-            float(line.split()[-1]) for line in lines if line.startswith("sfumato_sessions_ended_total{")
-        )
+        return total(self.metrics(index), "sfumato_sessions_ended_total")
 
     def close(self) -> None:
         for process in self.processes:
@@ -160,6 +158,13 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, byt
         collector.close()
 
 
+def total(exposition: str, name: str) -> float:
+    """Of all series of a metric."""
+    lines = [line for line in exposition.splitlines() if re.match(rf"{name}[ {{]", line)]
+    assert lines, name
+    return sum(float(line.split()[-1]) for line in lines)
+
+
 def traces_of(values: torch.Tensor) -> Iterator[bytes]:
     """The ways in which a value could stand in bytes or text."""
     yield b"tensor("
@@ -200,3 +205,16 @@ def test_all_of_it_was_there_to_look_at(observed: dict[str, bytes]) -> None:
     assert all("dropped" not in line["fields"] for line in lines)
     assert observed["metrics"].count(b'sfumato_sessions_ended_total{kind="run",outcome="done"}') == 3
     assert b'sfumato_refused_total{reason="other"} 0.0' in observed["metrics"]
+
+
+def test_what_the_sessions_cost_is_counted(observed: dict[str, bytes]) -> None:
+    shown = observed["metrics"].decode()
+    for name in (
+        "sent_bytes_total",
+        "rounds_total",
+        "calls_total",
+        "store_free_bytes",
+        "session_seconds_sum",
+    ):
+        assert total(shown, f"sfumato_{name}") > 0, name
+    assert total(shown, "sfumato_ready") == 3

@@ -52,6 +52,8 @@ def test_version() -> None:
         (["generate", "a boat", "--profile", "quick"], "no profile 'quick'"),
         (["generate", "a boat", "--secret", "all"], "no secret 'all'"),
         (["generate", "a boat", "--out", "no/such/folder/image.png"], "no folder"),
+        (["generate", "a boat", "--mask", "mask.png"], "need --image"),
+        (["generate", "a boat", "--image", "./no/such.png"], "no picture that can be read"),
         (["estimate", "./no/such/folder"], "no pipeline folder"),
         (["party", "--folder", "./no/such/folder"], "cluster file"),
         (["catalogue", "cosine"], "no function 'cosine'; there are exp, reciprocal"),

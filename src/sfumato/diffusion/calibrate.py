@@ -50,7 +50,7 @@ _BUDGET_S = 60.0
 _RUNS = 24
 _SAMPLES = 240
 _SHORTEST = 4
-_FORMAT = 4
+_FORMAT = 5
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 

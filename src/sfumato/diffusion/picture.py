@@ -82,7 +82,7 @@ def drawn_like(picture: Picture, vae: Any, run: int, factor: int, own: Tensor | 
             pictures = vae.decode(own / vae.config.scaling_factor, return_dict=False)[0].clamp(-1.0, 1.0)
     noise = torch.randn(picture.noise.shape, generator=source)
     mask = torch.stack([_rectangle(height, width, source) for _ in range(batch)])[:, None]
-    return _prepared(picture, vae, pictures, noise, mask)
+    return _prepared(picture, vae, pictures, noise, mask, source)
 
 
 def blank_like(picture: Picture, vae: Any, factor: int) -> Picture | None:
@@ -92,22 +92,27 @@ def blank_like(picture: Picture, vae: Any, factor: int) -> Picture | None:
     batch, _, height, width = picture.latents.shape
     nothing = torch.zeros(batch, vae.config.in_channels, height * factor, width * factor)
     everywhere = torch.ones(batch, 1, height, width)
-    return _prepared(replace(picture, pure=True), vae, nothing, torch.zeros_like(picture.noise), everywhere)
+    source = torch.Generator().manual_seed(_SEED - 1)
+    return _prepared(
+        replace(picture, pure=True), vae, nothing, torch.zeros_like(picture.noise), everywhere, source
+    )
 
 
-def _prepared(like: Picture, vae: Any, pictures: Tensor, noise: Tensor, mask: Tensor) -> Picture:
+def _prepared(
+    like: Picture, vae: Any, pictures: Tensor, noise: Tensor, mask: Tensor, source: torch.Generator
+) -> Picture:
     extra = None
     if like.extra is not None:
         whole = nn.functional.interpolate(mask, pictures.shape[-2:])
-        extra = torch.cat([mask, _in_latents(vae, pictures * (1.0 - whole))], 1)
-    latents = _in_latents(vae, pictures)
+        extra = torch.cat([mask, _in_latents(vae, pictures * (1.0 - whole), source)], 1)
+    latents = _in_latents(vae, pictures, source)
     return Picture(latents, noise, like.pure, None if like.mask is None else mask, extra)
 
 
-def _in_latents(vae: Any, pictures: Tensor) -> Tensor:
-    """The most likely latents of pictures, in the scale of the U-Net."""
+def _in_latents(vae: Any, pictures: Tensor, source: torch.Generator) -> Tensor:
+    """Latents of pictures in the scale of the U-Net, drawn from the encoder's distribution as those of a run are."""
     with torch.no_grad():
-        latents: Tensor = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+        latents: Tensor = vae.encode(pictures).latent_dist.sample(source) * vae.config.scaling_factor
     return latents
 
 

@@ -172,9 +172,11 @@ def _preload(machine: str) -> Callable[..., Any]:
         importlib.import_module(f"sfumato.runtime.{module}")
     from sfumato.ring import native
     from sfumato.ring.trig import table_digest
+    from sfumato.runtime import telemetry
 
     native.available()
     table_digest()
+    telemetry.preload()
     return factory
 
 

@@ -91,7 +91,11 @@ class Places:
                 return None
 
         with ThreadPoolExecutor(3, thread_name_prefix="sfumato-dial") as pool:
-            results = list(pool.map(one, _PARTIES))
+            try:
+                results = list(pool.map(one, _PARTIES))
+            except BaseException:  # Ctrl-C
+                failed.set()
+                raise
         if first:
             for result in results:
                 if result is not None:

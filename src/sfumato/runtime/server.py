@@ -1,6 +1,6 @@
 """A party: a supervisor that listens, knows who may ask what, and gives every session a worker process.
 
-It never touches a share and imports no torch. Who connects says a preamble first (see `sfumato.link.identity`): control
+It never touches a share and imports no torch. Who connects says a preamble first (see `sfumato.link.preamble`): control
 connections are answered here, connections of a run go to that run's worker, which does their TLS itself.
 """
 
@@ -44,7 +44,7 @@ _log = logging.getLogger("sfumato.runtime.server")  # also when run as __main__
 _MACHINE = "sfumato.runtime.machine:make_machine"
 _MOST_CALLERS = 128  # that have not said their preamble
 _MOST_EARLY = 32  # connections for runs that are not granted yet
-_MOST_REQUESTS = 32  # control connections that have not said who they are
+_MOST_REQUESTS = 128  # control connections that have not said who they are
 _STOP_S = 1.0
 _LOOK_S = 6 * 3600.0
 _SOON_DAYS = 30
@@ -88,6 +88,7 @@ class PartySupervisor:
         self._forkserver = forkserver
         self._queue = JobQueue(settings.at_once, settings.queued, settings.per_client)
         self.metrics = Metrics(index)
+        self.metrics.watch_store(settings.storage_folder)
         self._place = Workplace(
             cluster=cluster,
             index=index,

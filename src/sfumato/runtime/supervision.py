@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _START_S = 60.0  # a worker's; the first waits until torch is loaded
 _GRACE_S = 3.0  # for a worker to end by itself when its client has left
 _ATTEMPTS = 3
+_WORD_S = 5.0  # for the rest of a word that has begun
 
 
 @dataclass(eq=False)
@@ -196,7 +197,7 @@ class Workplace:
             while time.monotonic() < deadline:
                 ready = _ready(heartbeat_s(self.cluster), sock, pipe)
                 if pipe in ready:
-                    message = pipe.receive(0.0)
+                    message = pipe.receive(_WORD_S)
                     if message is None:
                         break  # no process: the forkserver died, or could not fork
                     session.process_id = int(message[0]["pid"])
@@ -272,7 +273,7 @@ def _hear(
     """Wait for a word of the worker; False once its process has ended. Raises `_Left` when the client ended
     ``sock``."""
     if pipe.pending() or pipe in _ready(timeout_s, *([pipe] if sock is None else [pipe, sock])):
-        message = pipe.receive(0.0)
+        message = pipe.receive(_WORD_S)
         if message is None:
             return False
         if "outcome" in message[0]:
