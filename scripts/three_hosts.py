@@ -157,6 +157,7 @@ def play(steps: Sequence[Step], folder: Path, rate: str) -> None:
             print(f"{step.host}$ {step.command}", flush=True)
             words = network.command(step.host, shlex.split(step.command))
             environment = {**os.environ, "PATH": path, "HOME": str(here), "HF_HUB_OFFLINE": "1"}
+            environment["OMP_NUM_THREADS"] = "1"  # the hosts share the cores of this machine
             log = here / f"{len(list(here.glob('*.log')))}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(

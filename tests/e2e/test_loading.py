@@ -426,12 +426,13 @@ def test_adapters(adapted: StableDiffusionPipeline, folder: Path, set_up: Any, s
 
 def test_adapters_that_change_between_calls(adapted: StableDiffusionPipeline) -> None:
     pipe = SecurePipeline.from_pipe(adapted, backend="plain")
-    seen = []
+    seen, exact = [], []
     for names in (["one"], ["two"], ["one"]):
         pipe.unet.set_adapters(names)
         seen.append(pipe(**arguments()).images)
-        assert psnr(seen[-1], pipe.plain(**arguments()).images) >= CLOSE
-    assert psnr(seen[0], seen[1]) < CLOSE
+        exact.append(pipe.plain(**arguments()).images)
+    for own, other in ((0, 1), (1, 0)):  # adapters change little in a small random network
+        assert psnr(seen[own], exact[own]) >= max(CLOSE, psnr(seen[own], exact[other]) + NEARER)
     assert torch.equal(seen[0], seen[2]), "and the same plan again"
 
 
