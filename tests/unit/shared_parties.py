@@ -145,8 +145,12 @@ def batch(seed: int = 3) -> Tensor:
 
 
 def chain(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()
+    made = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()
+    drawn = torch.Generator().manual_seed(seed)  # not the process's generator: tests make chains in several threads
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.uniform_(-(8**-0.5), 8**-0.5, generator=drawn)
+    return made
 
 
 def planned(module: nn.Module, secret: str = "inputs+weights", *args: Tensor) -> Plan:

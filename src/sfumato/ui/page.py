@@ -150,9 +150,16 @@ class _Page:
             trigger_mode="multiple",
             **quiet,
         )
-        gr.on([self.generate.click, self.prompt.submit], self.on_generate, self.fields, moving, **quiet).then(
-            self.on_drawn, self.fields, [self.estimate], **quiet
-        )
+        # "multiple": a press right after a run must not be lost while the page still settles that run's last event;
+        # `Studio.start` refuses a second run by itself.
+        gr.on(
+            [self.generate.click, self.prompt.submit],
+            self.on_generate,
+            self.fields,
+            moving,
+            trigger_mode="multiple",
+            **quiet,
+        ).then(self.on_drawn, self.fields, [self.estimate], **quiet)
         self.prompt.input(None, None, self.errors["prompt"], js="() => ''", **quiet)
         self.cancel.click(self.on_cancel, None, [self.cancel], queue=False, **quiet)
         self.history.click(self.on_pick, None, [self.stage, self.history, *self.fields], **quiet)
