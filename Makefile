@@ -24,8 +24,14 @@ setup-dev: ## make .venv with the test tools too
 demo: setup ## draw one image privately: prompt -> image and report, three local parties
 	@$(BIN)/sfumato demo $(ARGS)
 
+# What computes runs on all cores at once; what starts parties or a browser has deadlines to keep, and runs alone.
 test: setup-dev ## run the test suite
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not processes and not browser"
+	@$(BIN)/python -m pytest -m "processes or browser"
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: setup-dev ## style: ruff check and ruff format
 	@$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     python benchmarks/calibration.py --prompts FILE [FILE...] --count 200
 
-The embedded pipeline, ten DDIM steps with guidance, its ranges measured on the built-in prompts alone. Every other
+The embedded pipeline, ten DDIM steps with guidance, its ranges measured on eight prompts alone. Every other
 prompt runs on the plaintext twin (the fixed-point words of a real run) with ``certificate="all"``: every element of
 every value that was planned for a range is compared with it. A run that leaves is repeated without a certificate, for
 the image that would have come out, and with the default one of eight samples a layer, for whether that would have seen
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import sfumato as sf
+from sfumato.diffusion.calibrate import PROMPTS
 from sfumato.zoo import RECOMMENDED_GUIDANCE
 from sfumato.zoo.train.prompts import class_prompts
 
@@ -69,9 +70,9 @@ def with_outliers(unet: nn.Module, residual: float, logit: float) -> None:
 
 
 def opened(outliers: tuple[float, float], certificate: bool | str) -> sf.SecurePipeline:
-    """The embedded pipeline on the plaintext twin."""
+    """The embedded pipeline on the plaintext twin, its ranges from eight prompts."""
     pipe = sf.SecurePipeline.from_pretrained(
-        "embedded", backend="plain", options={"certificate": certificate}
+        "embedded", backend="plain", options={"certificate": certificate}, calibration=PROMPTS[:8]
     )
     if outliers != (1.0, 1.0):
         with torch.no_grad():

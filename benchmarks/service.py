@@ -44,7 +44,11 @@ for job in range(first, first + count):
     prompt = prompts[job % len(prompts)]
     given = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "np"}
     begun = time.time()
-    out = pipe(prompt, generator=torch.Generator().manual_seed(job), **given)
+    try:
+        out = pipe(prompt, generator=torch.Generator().manual_seed(job), **given)
+    except sf.SfumatoError as error:
+        print(json.dumps({"job": job, "error": str(error)}), flush=True)
+        continue
     ended = time.time()
     wanted = exact.plain(prompt, generator=torch.Generator().manual_seed(job), **given).images[0]
     error = float(np.mean((np.float64(wanted) - np.float64(out.images[0])) ** 2))
@@ -92,6 +96,7 @@ def measure(jobs: int, clients: int) -> dict[str, Any]:
 
 def _run(parties: Parties, names: list[str], jobs: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     lock, shares = threading.Lock(), [jobs // len(names) + (i < jobs % len(names)) for i in range(len(names))]
 
     def one(number: int, bar: tqdm[Any]) -> None:
@@ -103,6 +108,10 @@ def _run(parties: Parties, names: list[str], jobs: int) -> dict[str, Any]:
             assert process.stdout is not None
             for line in process.stdout:
                 row = {"client": names[number], **json.loads(line)}
+                if "error" in row:
+                    with lock:
+                        failed.append(row)
+                    continue
                 row["memory"] = [memory_of(parties, i) for i in range(3)]
                 with lock:
                     rows.append(row)
@@ -123,6 +132,7 @@ def _run(parties: Parties, names: list[str], jobs: int) -> dict[str, Any]:
         "jobs": jobs,
         "clients": len(names),
         "rows": rows,
+        "failed": failed,
         "idle_memory": idle,
     }
 
@@ -143,6 +153,7 @@ def page(record: dict[str, Any]) -> str:
     idle = ", ".join(f"{m / 1e6:.0f}" for m in record["idle_memory"])
     table = [
         ["jobs that gave the right image (PSNR >= 40 dB)", f"{right} of {record['jobs']}"],
+        ["jobs that ended in an error", str(len(record["failed"]))],
         ["PSNR, lowest and median", f"{min(quality):.1f}, {statistics.median(quality):.1f} dB"],
         ["throughput", f"{60 * len(rows) / span:.1f} images a minute"],
         [

@@ -209,3 +209,31 @@ def test_thresholding_is_refused_with_advice(folder: Path) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, thresholding=True)
     with pytest.raises(JobError, match="thresholding=False"):
         pipe(**arguments())
+
+
+def test_ranges_from_prompts_of_the_caller(folder: Path) -> None:
+    """They are asked for, kept apart from those of the built-in prompts, and at least one is needed."""
+    asked: list[str] = []
+
+    def planned(calibration: Any) -> SecurePipeline:
+        made = opened(folder, calibration=calibration)
+        encode = made._pipe.encode_prompt
+
+        def heard(prompt: Any, *rest: Any, **more: Any) -> Any:
+            asked.extend([prompt] if isinstance(prompt, str) else prompt)
+            return encode(prompt, *rest, **more)
+
+        made._pipe.encode_prompt = heard
+        made.plan(**arguments(num_inference_steps=3))
+        return made
+
+    planned(None)
+    asked.clear()
+    planned(["the digit two", "a coat"])
+    assert {"the digit two", "a coat"} <= set(asked)
+    assert "a photo of a horse" not in asked
+    asked.clear()
+    planned(("the digit two", "a coat"))
+    assert "a coat" not in asked  # they come from the disk
+    with pytest.raises(JobError, match="give at least one"):
+        planned([])

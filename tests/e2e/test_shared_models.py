@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import sfumato as sf
+from sfumato.diffusion.offers import Terms, offered
+from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.errors import JobError
 from sfumato.runtime.backend import Backend, Term
+from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.local import LocalCluster
 from sfumato.runtime.remote import open_backend
+from sfumato.runtime.sharing import share_model
 from sfumato.shell.cli import app
+from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
 
 pytestmark = [
     pytest.mark.processes,
@@ -72,8 +78,8 @@ def shared(
                 "--steps", 1, "--guidance", 3, "--yes")  # fmt: skip
 
 
-def opened(file: Path) -> Any:
-    made = sf.SecurePipeline.from_pretrained("cluster:tiny", cluster=file)
+def opened(file: Path, name: str = "tiny") -> Any:
+    made = SecurePipeline.from_pretrained(f"cluster:{name}", cluster=file)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -183,6 +189,55 @@ def test_others_may_not(files: dict[str, Path], shared: str, tiny_pipeline: Stab
     assert listed(files["client"])[0]["complete"]
 
 
+# ---- the embedded model, and adapters ----------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_shared_and_drawn_with(files: dict[str, Path]) -> None:
+    said(
+        "model", "share", "embedded", "--name", "sketches", "--cluster", files["owner"], "--steps", 2, "--yes"
+    )
+    pipe = opened(files["stranger"], "sketches")
+    output = pipe(PROMPT, output_type="np", generator=seeded())
+    exact = StableDiffusionPipeline.from_pretrained(embedded_path(), local_files_only=True)
+    exact.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 2, "guidance_scale": RECOMMENDED_GUIDANCE, "output_type": "np"}
+    assert psnr(output.images, exact(PROMPT, **given, generator=seeded()).images) >= CLOSE
+    assert psnr(output.images, exact("a sneaker", **given, generator=seeded()).images) < 30, (
+        "the text matters"
+    )
+    assert pipe.estimate().same_cost(output.report)
+    said("model", "remove", "sketches", "--cluster", files["owner"], "--yes")
+
+
+def test_adapters_are_shared_within_the_weights(
+    files: dict[str, Path], tiny_pipeline: StableDiffusionPipeline
+) -> None:
+    """The text encoder is public and runs at the client, which gets it with its adapter merged."""
+    peft = pytest.importorskip("peft", reason="no peft")
+    adapted = copy.deepcopy(tiny_pipeline)
+    torch.manual_seed(5)
+    for module, targets in (
+        (adapted.unet, ["to_q", "to_v"]),
+        (adapted.text_encoder, ["q_proj", "v_proj", "fc1"]),
+    ):
+        config = peft.LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, target_modules=targets)
+        peft.inject_adapter_in_model(config, module)
+        module._hf_peft_config_loaded = True
+    with SecurePipeline.from_pipe(adapted) as owner:
+        owner.set_progress_bar_config(disable=True)
+        model = offered(owner, "styled", Terms(steps=(1,), guidance=(3.0,)))
+    share_model(Cluster.load(files["owner"]), files["owner"].parent, model)
+    pipe = opened(files["client"], "styled")
+    ids = torch.tensor([tiny_pipeline.tokenizer(PROMPT, padding="max_length").input_ids])
+    with torch.no_grad():
+        found, expected, base = (p.text_encoder(ids)[0] for p in (pipe, adapted, tiny_pipeline))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert off(base, expected) > 0.1
+    output = pipe(PROMPT, output_type="np", generator=seeded())
+    assert psnr(output.images, adapted(PROMPT, **OFFER, output_type="np", generator=seeded()).images) > CLOSE
+    said("model", "remove", "styled", "--cluster", files["owner"], "--yes")
+
+
 # ---- plain modules -----------------------------------------------------------------------------------------
 
 
@@ -211,7 +266,7 @@ def test_a_module_is_shared_used_and_removed(files: dict[str, Path], shared: str
             held = deployment(x, reveal=False)
             assert off(deployment(held), module(module(x))) < 1e-3
     with pytest.raises(JobError, match="is no pipeline"):
-        sf.SecurePipeline.from_pretrained("cluster:layer", cluster=files["client"])
+        SecurePipeline.from_pretrained("cluster:layer", cluster=files["client"])
     with pytest.raises(JobError, match="is a pipeline"):
         sf.deploy("cluster:tiny", files["client"])
     for wrong in ("layer", "cluster:../layer"):

@@ -1,4 +1,4 @@
-"""The README's section "On three hosts", word for word: three parties, an owner and two clients in network namespaces."""
+"""The README's section "On three hosts", word for word, in network namespaces: three parties, an owner, two clients."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -158,3 +159,12 @@ def test_an_estimate_shows_its_plan_and_published_prices() -> None:
     assert result.exit_code == 0, result.output
     for word in ("sent by P0", "headroom", "bits/element", "sines", "at SPU's prices"):
         assert word in result.output
+    assert "second" not in result.output, "nothing ran"
+
+
+def test_an_estimate_as_json_has_no_times() -> None:
+    result = run("estimate", "embedded", "--steps", "2", "--profile", "fast", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["rounds"] > 0
+    assert (record["seconds"], record["steps"]) == (None, [])

@@ -146,7 +146,9 @@ def batch(seed: int = 3) -> Tensor:
 
 def chain(seed: int) -> nn.Module:
     made = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()
-    drawn = torch.Generator().manual_seed(seed)  # not the process's generator: tests make chains in several threads
+    drawn = torch.Generator().manual_seed(
+        seed
+    )  # not the process's generator: tests make chains in several threads
     with torch.no_grad():
         for weight in made.parameters():
             weight.uniform_(-(8**-0.5), 8**-0.5, generator=drawn)

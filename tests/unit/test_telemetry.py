@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from sfumato.errors import JobError, LinkError
 from sfumato.runtime import telemetry
+from sfumato.runtime.commands import Command
 
 PACKAGE = Path(telemetry.__file__).resolve().parents[1]
 PROMPT = "a letter to nobody"
@@ -89,6 +91,10 @@ def test_numbers_and_fixed_words_pass(name: str, value: object) -> None:
 )
 def test_anything_else_is_dropped_and_counted(name: str, value: object) -> None:
     assert telemetry.facts({name: value, "party": 2}) == {"party": 2, "dropped": 1}
+
+
+def test_every_command_has_a_word() -> None:
+    assert {kind.__name__.lower() for kind in get_args(Command)} == telemetry.COMMANDS
 
 
 def test_an_error_is_the_name_of_a_known_class() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +34,8 @@ __all__ = [
     "trajectories",
 ]
 
-#: Various, and short enough for small text encoders.
+#: Various, and short enough for small text encoders; the first ones most, as slow models are measured on fewer. Many
+#: of a kind: what a prompt asks for moves the ranges more than the noise does (docs/design/008).
 PROMPTS = (
     "a handwritten seven",
     "a photo of a horse",
@@ -44,13 +45,29 @@ PROMPTS = (
     "an old fisherman",
     "a sneaker",
     "",
+    "the digit four",
+    "a leather bag",
+    "a bowl of fruit on a table",
+    "a photo of a shirt",
+    "a red bus in the city",
+    "number 1",
+    "an ankle boot",
+    "two people, talking",
+    "a handwritten two",
+    "a warm coat",
+    "a pair of trousers",
+    "the digit 5",
+    "a forest in the fog",
+    "a sandal",
+    "a pullover",
+    "a t-shirt",
 )
 _BUDGET_S = 60.0
 #: Trajectories that tell how runs differ, and calls of all of them that are measured.
 _RUNS = 24
 _SAMPLES = 240
 _SHORTEST = 4
-_FORMAT = 5
+_FORMAT = 6
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
@@ -66,10 +83,17 @@ class Trajectories(NamedTuple):
     finals: list[Tensor]
 
 
-def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress: bool = True) -> Trajectories:
-    """Arguments of the denoiser along plain trajectories: all timesteps, eight prompts, several noises.
+def trajectories(
+    pipe: Any,
+    denoiser: Denoiser,
+    prepared: Prepared,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    progress: bool = True,
+) -> Trajectories:
+    """Arguments of the denoiser along plain trajectories: all timesteps, ``prompts`` in turn, noises of their own.
 
-    Slow models get fewer prompts, then shorter trajectories. The caller's own prompt and picture are not used: ranges
+    Slow models get fewer prompts, then shorter trajectories. The prompt and the picture of a call are not used: ranges
     are public.
     """
     one_s = _seconds(denoiser, prepared)
@@ -78,7 +102,7 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
         prepared = replace(prepared, schedule=prepared.request.probed(pipe.scheduler, longest))
     steps, batch = len(prepared.schedule.steps), prepared.batch
     # Each trajectory costs its calls, then about twice that again to measure what was recorded.
-    wanted = max(-(-len(PROMPTS) // batch), _RUNS)
+    wanted = max(-(-len(prompts) // batch), _RUNS)
     whole = None if prepared.picture is None else _from_noise(pipe, prepared)
     calls = 3 * steps + (0 if whole is None else len(whole.schedule.steps) / 2)
     runs = max(1, min(wanted, int(_BUDGET_S / (calls * one_s))))
@@ -87,10 +111,11 @@ def trajectories(pipe: Any, denoiser: Denoiser, prepared: Prepared, *, progress:
     found = Trajectories([], [], [], [])
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
-            picture = None if whole is None else _picture(pipe, denoiser, whole, run)
+            text = _text(pipe, prepared, prompts, run)
+            picture = None if whole is None else _picture(pipe, denoiser, whole, prompts, run)
             for kind in found[:3]:
                 kind.append([])
-            for k, sample in enumerate(_trajectory(pipe, denoiser, prepared, picture, run, found)):
+            for k, sample in enumerate(_trajectory(denoiser, prepared, picture, text, run, found)):
                 if k in recorded:
                     found.samples[-1].append(sample)
                 bar.update()
@@ -120,25 +145,31 @@ def _from_noise(pipe: Any, prepared: Prepared) -> Prepared:
     return replace(prepared, schedule=probe_schedule(pipe.scheduler, steps, eta=prepared.request.eta))
 
 
-def _picture(pipe: Any, denoiser: Denoiser, whole: Prepared, run: int) -> Picture:
+def _picture(pipe: Any, denoiser: Denoiser, whole: Prepared, prompts: Sequence[str], run: int) -> Picture:
     """The picture that a run starts from: every other one is the model's own, of another prompt."""
     assert whole.picture is not None
     vae, factor, own = pipe.vae, pipe.vae_scale_factor, None
     if run % 2 == 0:
         drawn = Trajectories([[]], [[]], [[]], [])
-        for _ in _trajectory(pipe, denoiser, whole, blank_like(whole.picture, vae, factor), run + 3, drawn):
+        text, blank = _text(pipe, whole, prompts, run + 3), blank_like(whole.picture, vae, factor)
+        for _ in _trajectory(denoiser, whole, blank, text, run + 3, drawn):
             pass
         own = drawn.finals[0]
     return drawn_like(whole.picture, vae, run, factor, own)
 
 
 def _trajectory(
-    pipe: Any, denoiser: Denoiser, prepared: Prepared, picture: Picture | None, run: int, found: Trajectories
+    denoiser: Denoiser,
+    prepared: Prepared,
+    picture: Picture | None,
+    text: Tensor,
+    run: int,
+    found: Trajectories,
 ) -> Iterator[Sample]:
-    """The float trajectory of the ``run``-th group of prompts, with noise of its own, step by step, in the scale that
-    the model sees; what happens between the steps, and its end, go to ``found``."""
+    """The float trajectory of a group of prompts with the embeddings ``text``, with noise of its own, step by step, in
+    the scale that the model sees; what happens between the steps, and its end, go to ``found``."""
     schedule, guidance = prepared.schedule.in_input_scale(), prepared.guidance
-    text, source = _text(pipe, prepared, run), torch.Generator().manual_seed(7_000 + run)
+    source = torch.Generator().manual_seed(7_000 + run)
     first = torch.randn(prepared.latents.shape, generator=source) * schedule.init_sigma
     if picture is not None and not picture.pure:
         first = picture.noised(schedule, 0)
@@ -169,10 +200,10 @@ def _trajectory(
     found.finals.append(held["samples"][len(schedule.steps)])
 
 
-def _text(pipe: Any, prepared: Prepared, run: int) -> Tensor:
-    """Embeddings of the ``run``-th group of built-in prompts."""
-    prompts = [PROMPTS[(run * prepared.batch + i) % len(PROMPTS)] for i in range(prepared.batch)]
-    embeds, negative = pipe.encode_prompt(prompts, torch.device("cpu"), 1, prepared.guided)
+def _text(pipe: Any, prepared: Prepared, prompts: Sequence[str], run: int) -> Tensor:
+    """Embeddings of the ``run``-th group of prompts."""
+    group = [prompts[(run * prepared.batch + i) % len(prompts)] for i in range(prepared.batch)]
+    embeds, negative = pipe.encode_prompt(group, torch.device("cpu"), 1, prepared.guided)
     text: Tensor = torch.cat([negative, embeds]) if prepared.guided else embeds
     return text.detach()
 
@@ -180,11 +211,18 @@ def _text(pipe: Any, prepared: Prepared, run: int) -> Tensor:
 # ---- on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_file(weights: str, prepared: Prepared, profile: str, secret: str, part: str = "unet") -> Path:
+def cache_file(
+    weights: str,
+    prepared: Prepared,
+    profile: str,
+    secret: str,
+    part: str = "unet",
+    prompts: Sequence[str] = PROMPTS,
+) -> Path:
     """Where the ranges of one part of a model (by the digest of its weights) for these settings are kept."""
     own = _of_text(prepared) if part == "text" else _of_denoising(prepared)
     settings = {"format": _FORMAT, "release": _release(), "weights": weights, **own}
-    settings |= {"profile": profile, "secret": secret, "part": part}
+    settings |= {"profile": profile, "secret": secret, "part": part, "prompts": list(prompts)}
     name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "calibration"
     return folder / f"{name}.json"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from tqdm import tqdm
 
+from sfumato.diffusion.adapters import merged
 from sfumato.diffusion.request import Request, image_size
 from sfumato.diffusion.settings import SCHEDULERS, WEIGHED, Settings
 from sfumato.errors import JobError
@@ -77,7 +78,8 @@ def asked(pipe: Any, request: Request) -> Settings:
 
 
 def offered(pipe: SecurePipeline, name: str, terms: Terms, *, replace: bool = False) -> ModelToShare:
-    """Plans for all settings, captured and calibrated here in the clear, and the files of the clients.
+    """Plans for all settings, captured and calibrated here in the clear, and the files of the clients; active adapters
+    are in the weights of both.
 
     Raises:
         JobError: terms that contradict each other or that this pipeline cannot serve.
@@ -100,7 +102,8 @@ def offered(pipe: SecurePipeline, name: str, terms: Terms, *, replace: bool = Fa
                 {"settings": asdict(settings), "parts": digests, "reveal": _reveal(parts, terms.opens)}
             )
         pipe.scheduler = schedulers[0]
-        files = _files(pipe, [c for c, part in WEIGHED.items() if part in digests])
+        # Adapters merged, as in the plans: a component saved beside them would reach clients without its own weights.
+        files = _files(merged(pipe._pipe, 1.0), [c for c, part in WEIGHED.items() if part in digests])
     finally:
         pipe.scheduler = own
     return ModelToShare(

@@ -134,8 +134,9 @@ class SecurePipeline(Surface):
             profile: the errors that non-linear functions may have: ``"precise"`` or ``"fast"``.
             cluster: a cluster file of three real parties; ``keys`` the folder of the client's certificate.
             backend: ``"local"`` (three processes over mutual TLS), ``"simulate"`` (one thread), ``"plain"``.
-            calibration: ranges of the U-Net to use; by default they are measured in the clear on built-in
-                prompts, and cached, as those of the other components always are.
+            calibration: prompts to measure the ranges of all components on, in the clear, instead of the built-in
+                ones; or ranges of the U-Net that were measured before. What is measured is cached. These prompts are
+                not secret: the ranges in a plan depend on them.
             options: of the protocol, passed to the parties.
             public_components: with secret weights, what may nevertheless run at the client in clear:
                 ``"text_encoder"``, ``"vae"``, or both.

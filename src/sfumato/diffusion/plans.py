@@ -25,6 +25,7 @@ from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.parts import ImageDecoder, TextEncoder, text_samples
 from sfumato.diffusion.picture import Blend, Clamp
 from sfumato.diffusion.request import Prepared
+from sfumato.errors import JobError
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import Plan, make_plan
 from sfumato.graph.program import Program
@@ -36,12 +37,19 @@ __all__ = ["Planner"]
 class Planner:
     """Makes each plan once. ``hidden``: the components beside the U-Net that run under the protocol.
 
-    ``calibration`` holds ranges of the U-Net; those of the other components are always measured here.
+    ``calibration`` is what ranges are measured on, prompts, or ranges of the U-Net measured before; those of the other
+    components are then measured here, on the built-in prompts.
     """
 
     def __init__(self, *, secret: str, profile: str, calibration: Any, hidden: frozenset[str]) -> None:
         self._secret, self._profile = secret, profile
-        self._calibration, self._hidden = calibration, hidden
+        prompts = isinstance(calibration, list | tuple) and all(isinstance(text, str) for text in calibration)
+        if prompts and not calibration:
+            raise JobError(
+                "calibration has no prompt; give at least one, or leave it out for the built-in ones"
+            )
+        self._prompts: tuple[str, ...] = tuple(calibration) if prompts else PROMPTS
+        self._calibration, self._hidden = None if prompts else calibration, hidden
         self._plans: dict[str, Plan] = {}
         self._digest: tuple[list[nn.Parameter], list[int], str] = ([], [], "")
 
@@ -52,7 +60,7 @@ class Planner:
 
         @cache
         def measured() -> Trajectories:
-            return trajectories(pipe, denoiser, prepared, progress=progress)
+            return trajectories(pipe, denoiser, prepared, self._prompts, progress=progress)
 
         made: dict[str, Plan] = {}
         if prepared.ids is not None:
@@ -86,7 +94,7 @@ class Planner:
         return self._made(
             self._file(prepared, "text"),
             lambda: capture(module.eval(), (torch.zeros_like(ids),)),
-            lambda: text_samples(prepared.pipe, PROMPTS, ids.shape[0], both=both),
+            lambda: text_samples(prepared.pipe, self._prompts, ids.shape[0], both=both),
         )
 
     def _unet(self, prepared: Prepared, denoiser: nn.Module, samples: Callable[[], Any]) -> Plan:
@@ -126,7 +134,8 @@ class Planner:
         return self._made(self._file(prepared, part), lambda: capture(module.eval(), tuple(values)), samples)
 
     def _file(self, prepared: Prepared, part: str) -> Path:
-        return cache_file(self._weights(prepared.pipe), prepared, self._profile, self._secret, part)
+        weights = self._weights(prepared.pipe)
+        return cache_file(weights, prepared, self._profile, self._secret, part, self._prompts)
 
     def _made(
         self,

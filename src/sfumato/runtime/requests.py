@@ -30,6 +30,8 @@ __all__ = ["Requests"]
 _log = logging.getLogger(__name__)
 _RUN = re.compile(r"[0-9a-f]{32}\Z")
 _ROLES = {"run": "client", "share": "owner"}
+_DEEPEST = 8  # options within options
+_LONGEST_S = 1e9
 
 
 class Requests:
@@ -58,13 +60,20 @@ class Requests:
                 self._check(sock, identity, request, preamble)
                 self._reply(sock, identity, request)
                 sock.close()
-            except SfumatoError as error:
-                refuse(sock, str(error), type(error).__name__, index)
+            except Exception as error:
+                ours = isinstance(error, SfumatoError)
+                kind = type(error).__name__
+                reason = str(error) if ours else f"internal error in party {index} ({kind})"
+                refuse(sock, reason, kind if ours else "SfumatoError", index)
                 raise
         except SfumatoError as error:
-            _log.warning("party %d turned a caller away: %s", index, public_text(str(error)))
+            facts = {"party": index, "error": error}
+            _log.warning(
+                "party %d turned a caller away: %s", index, public_text(str(error)), extra={"facts": facts}
+            )
         except Exception as error:
-            _log.exception("party %d failed to answer a caller", index, extra={"facts": {"error": error}})
+            facts = {"party": index, "error": error}
+            _log.exception("party %d failed to answer a caller", index, extra={"facts": facts})
 
     def _check(
         self, sock: ssl.SSLSocket, identity: str, request: Mapping[str, Any], preamble: Preamble
@@ -107,11 +116,15 @@ class Requests:
 
     def _session(self, identity: str, request: Mapping[str, Any]) -> Supervised:
         kind, run, options, wait_s = (request.get(name) for name in ("kind", "run", "options", "wait_s"))
-        if kind not in _ROLES:
+        if not isinstance(kind, str) or kind not in _ROLES:
             raise JobError("a session is of the kind run or share")
         if not isinstance(run, str) or not _RUN.match(run) or not isinstance(options, dict):
             raise JobError("a session is asked with a run id and options")
-        if not isinstance(wait_s, (int, float)) or isinstance(wait_s, bool) or not math.isfinite(wait_s):
+        if not _is_plain(options, _DEEPEST):
+            raise JobError(
+                f"the options of a session are JSON, nested {_DEEPEST} deep at most, without NaN or Infinity"
+            )
+        if not isinstance(wait_s, (int, float)) or isinstance(wait_s, bool) or not abs(wait_s) <= _LONGEST_S:
             raise JobError("a session is asked with the seconds that it can wait")
         if not identity.startswith(f"sfumato://{_ROLES[kind]}/"):
             self._place.metrics.refused("role")
@@ -142,3 +155,11 @@ class Requests:
             "queue_limit": place.settings.queued,
             "models": len(self._models(identity)),
         }
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    """Whether a peer's JSON can be written as JSON again, by code that recurses."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_is_plain(one, levels - 1) for one in inner)
+    return not isinstance(value, float) or math.isfinite(value)

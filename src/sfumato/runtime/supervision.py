@@ -187,7 +187,12 @@ class Workplace:
             )
         if session.outcome == "crashed":
             reason = f"party {self.index} lost the process of this session (killed, or out of memory)"
-            _log.error("party %d lost the process of a session (killed, or out of memory)", self.index)
+            facts = {"party": self.index, "run": session.run[:8], "kind": session.kind, "outcome": "crashed"}
+            _log.error(
+                "party %d lost the process of a session (killed, or out of memory)",
+                self.index,
+                extra={"facts": {**facts, "seconds": time.monotonic() - started}},
+            )
             refuse(sock, reason, "LinkError", self.index)
 
     def _begin(self, session: Supervised, sock: ssl.SSLSocket, trace: str | None) -> Pipe:

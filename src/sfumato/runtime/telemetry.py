@@ -66,11 +66,13 @@ from sfumato import errors
 from sfumato.errors import JobError
 
 __all__ = [
+    "COMMANDS",
     "FIELDS",
     "KINDS",
     "OUTCOMES",
     "REASONS",
     "SPANS",
+    "STAGES",
     "WORDS",
     "Span",
     "configure_logging",
@@ -112,57 +114,28 @@ SPANS = frozenset(
 )
 """Names of spans."""
 
-WORDS = KINDS | OUTCOMES | REASONS | SPANS | {"client", "owner", "party", "ok", "full", "other", "unknown"}
+COMMANDS = frozenset(
+    {"affine", "call", "certify", "close", "describe", "drop", "load", "put", "reveal", "stats"}
+)
+"""What a client asks for in a session."""
+
+STAGES = frozenset({"arrive", "command", "compare", "meet", "receive", "reply", "store"})
+"""Where a session is: waiting for its client (``arrive``), connecting to the other parties (``meet``), waiting for a
+command (``receive``), comparing it with what they were sent, doing it (``command``), answering; or taking a model."""
+
+WORDS = (
+    KINDS | OUTCOMES | REASONS | SPANS | COMMANDS | STAGES
+    | {"client", "owner", "party", "ok", "full", "other", "unknown"}
+)  # fmt: skip
 """Every string that may leave as a value."""
 
-FIELDS = frozenset(
-    {
-        "attempt",
-        "bytes",
-        "bytes_received",
-        "bytes_sent",
-        "calls",
-        "certificate",
-        "certificate_days",
-        "client_bytes",
-        "command",
-        "dropped",
-        "error",
-        "exit_code",
-        "forkserver",
-        "free_bytes",
-        "handles",
-        "kind",
-        "listening",
-        "models",
-        "origin",
-        "outcome",
-        "party",
-        "peer",
-        "pid",
-        "port",
-        "position",
-        "queued",
-        "ready",
-        "reason",
-        "role",
-        "rounds",
-        "run",
-        "running",
-        "seconds",
-        "signal",
-        "stage",
-        "step",
-        "storage",
-        "store",
-        "store_bytes",
-        "tensors",
-        "threads",
-        "wait_s",
-        "waiting",
-        "workers",
-    }
-)
+FIELDS = frozenset((
+    "attempt", "bytes", "bytes_received", "bytes_sent", "calls", "certificate", "certificate_days",
+    "client_bytes", "command", "dropped", "error", "exit_code", "forkserver", "free_bytes", "handles", "kind",
+    "listening", "models", "origin", "outcome", "party", "peer", "pid", "port", "position", "queued", "ready",
+    "reason", "role", "rounds", "run", "running", "seconds", "signal", "stage", "step", "storage", "store",
+    "store_bytes", "tensors", "threads", "wait_s", "waiting", "workers",
+))  # fmt: skip
 """Every name that a value may leave under."""
 
 _RUN = re.compile(r"[0-9a-f]{8}\Z")

@@ -34,6 +34,7 @@ from sfumato.link.tls import TlsLink
 from sfumato.runtime import telemetry
 from sfumato.runtime.cluster import Cluster, link_limits
 from sfumato.runtime.commands import Call, Close, Command, digest, from_message
+from sfumato.runtime.control import as_raised
 from sfumato.runtime.forkserver import Job
 from sfumato.runtime.handshake import agree, compare_digests, run_terms
 from sfumato.runtime.passing import Pipe
@@ -109,6 +110,8 @@ class _Worker:
         self._leaving = ""
         self._links: list[TlsLink] = []
         self._calls = 0
+        self._started = time.monotonic()
+        self._at: dict[str, Any] = {"stage": "arrive"}  # where the session is, for the log
         threading.Thread(target=self._listen, name="sfumato-supervisor", daemon=True).start()
 
     # what the supervisor says
@@ -156,9 +159,11 @@ class _Worker:
                 refuse(sock, problem)
                 raise LinkError(problem)
         except SfumatoError as error:
-            _log.warning("party %d turned a caller away: %s", self.index, public_text(str(error)))
+            reason, extra = public_text(str(error)), self._facts(error=error)
+            _log.warning("party %d turned a caller away: %s", self.index, reason, extra=extra)
         except Exception as error:
-            log_failure(f"party {self.index} failed to greet a caller", error)
+            where, extra = _traced(error), self._facts(error=error)
+            _log.error("party %d failed to greet a caller: %s", self.index, where, extra=extra)
         finally:
             self._greetings.release()
 
@@ -184,7 +189,6 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         """The whole session; what the supervisor is told of it."""
-        started = time.monotonic()
         machine: Machine | None = None
         to_peers: TlsLink | None = None
         outcome, sent = "done", 0
@@ -193,6 +197,7 @@ class _Worker:
             if self.job.kind == "share":
                 self._share(to_client)
             else:
+                self._at = {"stage": "meet"}
                 with telemetry.span("meet"):
                     to_peers = self._link(self._meet(to_client))
                     machine = self._prepare(to_peers)
@@ -209,14 +214,13 @@ class _Worker:
                 machine.close()
         if to_peers is not None:
             sent = sum(to_peers.payload_bytes().values())
-        seconds = time.monotonic() - started
-        run = self.job.run[:8]
+        seconds = time.monotonic() - self._started
         _log.info(
             "party %d ended session %s after %.1f s",
             self.index,
-            run,
+            self.job.run[:8],
             seconds,
-            extra={"facts": {"party": self.index, "run": run, "seconds": seconds, "outcome": outcome}},
+            extra=self._facts(seconds=seconds, outcome=outcome),
         )
         spent = {"bytes_sent": sent, "rounds": rounds, "calls": self._calls}
         return {"outcome": outcome, "seconds": seconds, "spent": spent}
@@ -226,16 +230,29 @@ class _Worker:
         reason, kind, origin = public_reason(error, self.index)
         if self._leaving:
             reason, kind = self._leaving, "LinkError"
+        run, extra = (
+            self.job.run[:8],
+            self._facts(
+                **self._at,
+                error=as_raised(error) if isinstance(error, SfumatoError) else error,
+                origin="client" if origin == CLIENT else origin,
+                seconds=time.monotonic() - self._started,
+            ),
+        )
         if isinstance(error, SfumatoError):
-            _log.warning("party %d ends session %s: %s", self.index, self.job.run[:8], reason)
+            _log.warning("party %d ends session %s: %s", self.index, run, reason, extra=extra)
         else:
-            log_failure(f"party {self.index} ends session {self.job.run[:8]}", error)
+            _log.error("party %d ends session %s: %s", self.index, run, _traced(error), extra=extra)
         for link in reversed(self._links):  # the peers first: they find out by the client else
             link.abort(reason, kind=kind, origin=origin)
         if self._leaving or origin == CLIENT or reason.startswith(peer_name(CLIENT)):
             waited = "did not call" in reason or "sent nothing" in reason
             return "expired" if waited else "cancelled"
         return "lost" if kind == "LinkError" else "failed"
+
+    def _facts(self, **more: Any) -> dict[str, Any]:
+        """What a line about this session says to a log store, as ``extra`` of the logger."""
+        return {"facts": {"party": self.index, "run": self.job.run[:8], "kind": self.job.kind, **more}}
 
     def linger(self) -> None:
         """Leave the peers a moment to read what was said last: a closed socket may take it back."""
@@ -321,18 +338,22 @@ class _Worker:
         stream = self._stream(to_client)
         stream.send({"ready": True})
         for number in range(2**62):
+            self._at["stage"] = "receive"  # beside the command before, if there was one
             header, tensors = stream.receive(limits.idle_s, "the next command", limits.stall_s)
             command, attachments = from_message(header, tensors)
             del tensors
+            word = type(command).__name__.lower()
+            self._at = {"stage": "compare", "command": word, "step": number}
             compare_digests(to_peers, self._peers, number, digest(command, attachments), limits.stall_s)
             if isinstance(command, Close):
                 stream.send({})
                 return
             self._calls += isinstance(command, Call)
-            span = type(command).__name__.lower()
-            with telemetry.span(span) if span in telemetry.SPANS else contextlib.nullcontext():
+            self._at["stage"] = "command"
+            with telemetry.span(word) if word in telemetry.SPANS else contextlib.nullcontext():
                 reply, values = machine.handle(command, attachments)
             del attachments
+            self._at["stage"] = "reply"
             stream.send(reply, values)
 
     def _share(self, to_client: TlsLink) -> None:
@@ -340,17 +361,18 @@ class _Worker:
         from sfumato.runtime.store import ModelStore
 
         limits, host = self.cluster.limits, self.job.operator["host"]
+        self._at = {"stage": "store"}
         store = ModelStore(host["store"], host["key"], self.index)
         stream = self._stream(to_client)
         receive_model(stream, store, self.job.client, idle_s=limits.idle_s, stall_s=limits.stall_s)
 
 
-def log_failure(what: str, error: BaseException) -> None:
-    """Where it happened, without the exception's text: that may hold values."""
+def _traced(error: BaseException) -> str:
+    """What failed and where, without the exception's text: that may hold values."""
     frames = [
         f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)
     ]
-    _log.error("%s: %s at %s", what, type(error).__name__, " < ".join(reversed(frames)))
+    return f"{type(error).__name__} at {' < '.join(reversed(frames))}"
 
 
 #: glibc's mallopt: parameter and value. One arena whose freed blocks are kept for the next tensor.

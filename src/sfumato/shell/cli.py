@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from sfumato.errors import JobError
 from sfumato.shell.cluster import cluster_app, party, status
-from sfumato.shell.command import clean
+from sfumato.shell.command import CALIBRATE_ON, clean, prompts_in
 from sfumato.shell.model import model_app
 from sfumato.shell.ui import ui
 
@@ -78,6 +79,7 @@ PublicComponent = Annotated[
     typer.Option(help="With secret weights: what stays in clear at the client (text_encoder, vae)."),
 ]
 Size = Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")]
+CalibrateOn = Annotated[Path | None, typer.Option(help=CALIBRATE_ON, metavar="FILE")]
 
 
 def _guidance(model: str, given: float | None) -> float:
@@ -156,6 +158,7 @@ def generate(
     cluster: ClusterFile = None,
     keys: Keys = None,
     profile: Profile = "precise",
+    calibrate_on: CalibrateOn = None,
     backend: BackendName = "local",
     out: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("image.png"),
     report: Annotated[Path | None, typer.Option(help="Also write the cost report, as JSON, here.")] = None,
@@ -185,6 +188,7 @@ def generate(
         cluster=cluster,
         keys=keys,
         backend=backend,
+        calibration=prompts_in(calibrate_on),
     )
     output = pipe(
         prompt,
@@ -215,6 +219,7 @@ def estimate(
     cluster: Annotated[Path | None, typer.Option(help="Cluster file, for cluster:NAME.")] = None,
     keys: Keys = None,
     profile: Profile = "precise",
+    calibrate_on: CalibrateOn = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
     show_plan: Annotated[
         bool,
@@ -239,6 +244,7 @@ def estimate(
         profile=profile,
         cluster=cluster,
         keys=keys,
+        calibration=prompts_in(calibrate_on),
     )
     arguments: dict[str, Any] = {
         **_settings(model, steps, guidance), "height": height, "width": width,
@@ -246,7 +252,7 @@ def estimate(
     }  # fmt: skip
     report = pipe.estimate(**arguments)
     if as_json:
-        print(report.to_json())
+        print(replace(report, steps=()).to_json())  # the times of a run on shapes tell nothing
         return
     Console().print(
         cost_table(report, f"{arguments.get('num_inference_steps', len(report.steps))} steps of {model}")

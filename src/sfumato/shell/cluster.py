@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from sfumato.errors import SfumatoError
 from sfumato.shell.command import clean
 
-__all__ = ["cluster_app", "party", "status"]
+__all__ = ["cluster_app", "in_common", "party", "status", "status_table"]
 
 _SOON_DAYS = 30
 _STATUS_S = 5.0
@@ -140,45 +141,47 @@ def status(
         print(json.dumps(found, indent=2))
     else:
         console = Console()
-        console.print(_table([member.host for member in given.parties], found))
-        for line in _warnings(found):
-            console.print(line, soft_wrap=True, markup=False)
+        console.print(status_table([member.host for member in given.parties], found))
+        for line in filter(None, (in_common(found), *_warnings(found))):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     if not all(row["ready"] is True for row in found):
         raise typer.Exit(1)
 
 
-def _table(hosts: list[str], found: list[dict[str, Any]]) -> Table:
-    table = Table()
-    for name in (
-        "party",
-        "host",
-        "state",
-        "release",
-        "protocol",
-        "up",
-        "running",
-        "waiting",
-        "models",
-        "certificate",
-    ):
-        table.add_column(name)
+def status_table(hosts: list[str], found: list[dict[str, Any]]) -> Table:
+    """A line for each party; 80 columns hold it, long host names in several lines. What all parties should have in
+    common is not here but in :func:`in_common`."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("party")
+    table.add_column("host", overflow="fold")
+    for name in ("state", "running", "waiting", "up", "certificate"):
+        table.add_column(name, no_wrap=True)
     for index, (host, row) in enumerate(zip(hosts, found, strict=True)):
         if not row["reachable"]:
-            table.add_row(str(index), host, "not reachable", *[""] * 7)
+            table.add_row(str(index), host, "not reachable", *[""] * 4)
             continue
         table.add_row(
             str(index),
             host,
             "ready" if row["ready"] is True else "not ready",
-            str(row["package"]),
-            str(row["protocol"]),
-            _ago(float(row["uptime_s"])),
             f"{row['running']} of {row['at_once']}",
             str(row["queued"]),
-            str(row["models"]),
+            _ago(float(row["uptime_s"])),
             f"{max(0.0, float(row['certificate_days'])):.0f} days left",
         )
     return table
+
+
+def in_common(found: list[dict[str, Any]]) -> str:
+    """Release, protocol and number of models of the parties that answered: once where they agree, else each one's."""
+    told = []
+    for field, name in (("package", "release"), ("protocol", "protocol"), ("models", "models")):
+        values = {index: str(row[field]) for index, row in enumerate(found) if row["reachable"]}
+        if len(set(values.values())) == 1:
+            told.append(f"{name} {next(iter(values.values()))}")
+        elif values:
+            told.append(f"{name} " + ", ".join(f"{value} at party {i}" for i, value in values.items()))
+    return "; ".join(told)
 
 
 def _warnings(found: list[dict[str, Any]]) -> list[str]:
@@ -205,12 +208,8 @@ _PARTS = {
 
 
 def _ago(seconds: float) -> str:
-    days, rest = divmod(int(seconds), 86400)
-    hours, rest = divmod(rest, 3600)
-    return (
-        f"{days} d {hours} h"
-        if days
-        else f"{hours} h {rest // 60} min"
-        if hours
-        else f"{rest // 60} min {rest % 60} s"
-    )
+    """In the largest unit, at most six characters in the first years."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"

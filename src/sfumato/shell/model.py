@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from sfumato.errors import JobError, SfumatoError
-from sfumato.shell.command import clean
+from sfumato.shell.command import CALIBRATE_ON, clean, prompts_in
 
 if TYPE_CHECKING:
     from sfumato.runtime.sharing import ModelToShare
@@ -76,6 +76,7 @@ def share(
         list[str] | None, typer.Option(help="Who may use it; repeat. [default: every client of the cluster]")
     ] = None,
     profile: Annotated[str, typer.Option(help="precise, or fast (larger errors, fewer bytes).")] = "precise",
+    calibrate_on: Annotated[Path | None, typer.Option(help=CALIBRATE_ON, metavar="FILE")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="In place of your model of this name.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -105,7 +106,11 @@ def share(
         clients=client,
     )
     pipe = SecurePipeline.from_pretrained(
-        path, secret=secret, public_components=public_component or (), profile=profile
+        path,
+        secret=secret,
+        public_components=public_component or (),
+        profile=profile,
+        calibration=prompts_in(calibrate_on),
     )
     console = Console()
     model = offered(pipe, name, terms, replace=replace)

@@ -23,7 +23,7 @@ def psnr(image: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def cost_table(report: CostReport, title: str = "cost") -> Table:
-    """Totals of a run or an estimate."""
+    """Totals of a run or an estimate; time where a run was measured, not where it ran on shapes."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("rounds", f"{report.rounds:,}")
     for party, sent in enumerate(report.bytes_sent):
@@ -32,7 +32,7 @@ def cost_table(report: CostReport, title: str = "cost") -> Table:
     table.add_row("weights, once", readable(report.setup_bytes))
     if report.seconds is not None:
         table.add_row("seconds", f"{report.seconds:.2f}")
-    if report.steps:
+    if report.seconds is not None and report.steps:
         table.add_row("seconds a step", f"{sum(report.steps) / len(report.steps):.2f}")
     return table
 
