@@ -81,7 +81,7 @@ def visit(chromium: Browser) -> Iterator[Any]:
 
     def open_page(url: str, *, width: int = 1280, height: int = 900, **context: Any) -> Page:
         made = chromium.new_context(viewport={"width": width, "height": height}, **context)
-        made.set_default_timeout(60_000)
+        made.set_default_timeout(180_000)
         watched = Watched(made.new_page(), url)
         watched.watch()
         opened.append(watched)

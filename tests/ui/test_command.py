@@ -26,6 +26,21 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--cluster", "/no/such"], "no cluster file /no/such"),
+        (["--model", "cluster:ours"], "Give the cluster file"),
+        (["--profile", "best"], "no profile 'best'; use one of precise"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_sentence(options: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, ["ui", "--no-open", "--port", "0", *options])
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.output.split())
+
+
+@pytest.mark.browser
 @pytest.mark.processes
 def test_it_serves_until_it_is_interrupted() -> None:
     command = [sys.executable, "-m", "sfumato.shell.cli", "ui", "--no-open", "--port", "0"]

@@ -45,6 +45,7 @@ def changed(**values: Any) -> tuple[Any, ...]:
         ({"guidance": float("inf")}, "run", "guidance"),
         ({"seed": -1}, "run", "seed"),
         ({"size": 4}, "run", "image size"),
+        ({"size": "large"}, "run", "image size"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(values: Any, field: str, sentence: str) -> None:
@@ -61,6 +62,7 @@ def test_settings_are_what_the_page_says(tmp_path: Path) -> None:
         cluster=str(tmp_path / "cluster.toml"),
     )  # fmt: skip
     assert given.secret == "inputs+weights"
+    assert Settings.of(*changed(size=" ")).size is None
     assert Settings(model="cluster:ours", secret_weights=True).secret == "inputs"  # its owner decides
 
 

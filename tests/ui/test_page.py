@@ -298,23 +298,69 @@ def test_history_restores_an_image_with_its_settings(visit: Any, stand_in: Any) 
     assert other.locator(".sf-history button").count() == 0  # and nobody else's
 
 
-def test_a_reload_in_the_middle_goes_on(visit: Any, stand_in: Any) -> None:
+def test_an_answer_that_is_lost_is_told_again(visit: Any, stand_in: Any) -> None:
+    page = visit(stand_in[1])
+    page.wait_for_selector(READY)
+    lost: list[str] = []
+
+    def lose(route: Any) -> None:
+        """The server has told it; the page gets an empty answer."""
+        answer = route.fetch()
+        told = answer.json()
+        if len(lost) < 4 and any("</" in str(part) for part in told["data"]):
+            lost.append(route.request.url)
+            told["data"] = [{"__type__": "update"}] * len(told["data"])
+        route.fulfill(response=answer, json=told)
+
+    page.route("**/run/**", lose)
+    draw(page)
+    page.get_by_label("number input for Steps").fill("6")
+    page.wait_for_selector(".sf-estimate:has-text('42')")
+    assert len(lost) == 4
+    page.unroute_all(behavior="wait")
+
+
+def test_the_estimate_is_that_of_the_newest_settings(visit: Any, stand_in: Any) -> None:
+    studio, url = stand_in
+    page, other = visit(url), visit(url)
+    for each in (page, other):
+        each.wait_for_selector(READY)
+    studio.hold()
+    try:
+        other.get_by_label("What to draw").fill("a boat")
+        other.get_by_role("button", name="Generate").click()
+        other.wait_for_selector(RUNNING)
+        for count in ("9", "5", "3"):  # counted once the run is over
+            page.get_by_label("number input for Steps").fill(count)
+            page.wait_for_selector(".sf-estimate[data-state='counting']:has-text('when the current')")
+    finally:
+        studio.release()
+    page.wait_for_selector(f"{READY}:has(dd:text-is('21'))")
+
+
+def test_another_tab_follows_a_run_and_a_reload_goes_on(visit: Any, stand_in: Any) -> None:
     studio, url = stand_in
     page = visit(url)
     page.wait_for_selector(READY)
+    same = page.context.new_page()
+    same.goto(url)
+    same.wait_for_selector(READY)  # open before the run begins
     studio.hold()
     try:
         page.get_by_label("What to draw").fill("a boat")
         page.get_by_role("button", name="Generate").click()
-        page.wait_for_selector(RUNNING)
-        same = page.context.new_page()
-        same.goto(url)
         same.wait_for_selector(RUNNING)
+        assert same.get_by_role("button", name="Generate").is_disabled()
         assert same.get_by_role("button", name="Cancel").is_enabled()
+        same.get_by_label("What to draw").fill("a house")
+        same.get_by_label("What to draw").press("Enter")  # no second run
+        page.reload()
+        page.wait_for_selector(RUNNING)
     finally:
         studio.release()
-    same.wait_for_selector(DONE)
-    page.wait_for_selector(DONE)
+    for tab in (page, same):
+        tab.wait_for_selector(f'{DONE} img[alt="a boat"]')
+        assert tab.locator(".sf-history button").count() == 1
 
 
 def test_the_server_answers_only_its_own_page(visit: Any, stand_in: Any) -> None:

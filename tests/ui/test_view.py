@@ -75,7 +75,7 @@ def test_the_result_is_told_to_a_screen_reader(drawn: Drawn) -> None:
 def test_the_history_has_a_button_for_each_image(drawn: Drawn) -> None:
     assert view.history([], None) == ""
     buttons = Elements(view.history([drawn, drawn], None)).all("button")
-    assert [button["data-index"] for button in buttons] == ["0", "1"]
+    assert [button["data-name"] for button in buttons] == [drawn.name, drawn.name]
     assert all("4 steps" in str(button["aria-label"]) for button in buttons)
 
 

@@ -40,11 +40,15 @@ def ui(
         raise JobError("the page needs Gradio; install sfumato[ui]")
     console = Console()
     with console.status("opening the page"):
+        from sfumato.graph.plan import PROFILES
         from sfumato.ui.jobs import Studio
         from sfumato.ui.server import address, listen, serve
         from sfumato.ui.settings import Settings
 
-        start = Settings(model=model, cluster=str(cluster or ""))
+        if profile not in PROFILES:
+            raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
+        known = Settings()
+        start = Settings.of("", model, known.steps, known.guidance, "public", known.seed, None, cluster)
         studio = Studio(start=start, profile=profile, keys=keys)
         listener = listen(port)
     url = address(listener)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """An image with its settings and cost. ``shares``: what each party sent of it, as PNG."""
+    """An image with its settings and cost. ``shares``: what each party sent of it, as PNG; ``name`` is its alone."""
 
     settings: Settings
     image: bytes
     shares: tuple[bytes, ...]
     report: CostReport
     bars: tuple[Bar, ...]
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +137,22 @@ class Run:
 
 @dataclass(slots=True)
 class Session:
-    """One browser: its current run, and its images, newest first."""
+    """One browser: its latest run, and its images, newest first. ``shown``: the one that is looked at; ``cancelled``:
+    whether the latest run was, and none has been looked at since."""
 
     run: Run | None = None
     history: list[Drawn] = field(default_factory=list)
     shown: Drawn | None = None
+    cancelled: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether its image is being drawn, or waits to be."""
+        return self.run is not None and self.run.active
+
+    def show(self, drawn: Drawn) -> None:
+        """Look at this image."""
+        self.shown, self.cancelled = drawn, False
 
 
 class Studio:
@@ -203,21 +218,30 @@ class Studio:
         held = [{str(entry["name"]) for entry in reply["models"]} for reply in replies]
         return sorted(set.intersection(*held))
 
-    def estimate(self, settings: Settings) -> Estimate:
-        """What a run would cost. Waits while another run or estimate computes.
+    def estimate(self, settings: Settings, *, unless: Callable[[], bool] = lambda: False) -> Estimate | None:
+        """What a run would cost. Waits while another run or estimate computes, until ``unless`` says that nobody wants
+        to know any more; then None.
 
         Raises:
             SfumatoError: what has to change.
         """
-        with self._lock:
-            pipe = self._pipe(settings)
-            report = pipe.estimate(**settings.arguments())
-            rate = self._rates.get(settings.key)
-        return Estimate(
-            rounds=report.rounds,
-            total_bytes=report.total_bytes,
-            seconds=None if rate is None else rate * report.total_bytes,
-        )
+        while not self._lock.acquire(timeout=_POLL_S):
+            if unless():
+                return None
+        try:
+            if unless():
+                return None
+            report = self._pipe(settings).estimate(**settings.arguments())
+        finally:
+            self._lock.release()
+        counted = Estimate(rounds=report.rounds, total_bytes=report.total_bytes, seconds=None)
+        return self.timed(counted, settings)
+
+    def timed(self, estimate: Estimate, settings: Settings) -> Estimate:
+        """The same with the time that these settings' bytes take, as last measured."""
+        rate = self._rates.get(settings.key)
+        seconds = None if rate is None else rate * estimate.total_bytes
+        return dataclasses.replace(estimate, seconds=seconds)
 
     def start(self, settings: Settings, session: Session) -> Run:
         """Begin an image; it lands in the session's history.
@@ -229,9 +253,9 @@ class Studio:
         with self._guard:
             if self._closed:
                 raise FieldError("run", "The page's server is closing; start it again.")
-            if session.run is not None and session.run.active:
+            if session.busy:
                 raise FieldError("run", "An image is being drawn already; wait for it, or cancel it.")
-            session.run = run
+            session.run, session.cancelled = run, False
             self._runs = {other for other in self._runs if other.active} | {run}
         threading.Thread(target=self._work, args=(run, session), name="sfumato-run", daemon=True).start()
         return run
@@ -252,11 +276,11 @@ class Studio:
                 run.drawn = self._draw(run, pipe, plans)
                 session.history.insert(0, run.drawn)
                 del session.history[_HISTORY:]
-                session.shown = run.drawn
+                session.show(run.drawn)
             finally:
                 self._lock.release()
         except _Cancelled:
-            run.cancelled = True
+            run.cancelled = session.cancelled = True
         except BaseException as error:
             run.problem = problem_of(error, place)
         finally:

@@ -14,20 +14,37 @@
     const box = element.getBoundingClientRect();
     return box.top >= 0 && box.top < innerHeight - 120;
   };
-  const show = (element) => {
-    if (!seen(element)) element.scrollIntoView({behavior: calm.matches ? 'auto' : 'smooth', block: 'start'});
+  // Again until it is there: a re-layout ends a smooth scroll halfway. A person who scrolls has the last word.
+  let wanted = '';
+  let tries = 0;
+  const bring = () => {
+    const element = wanted && document.querySelector(wanted);
+    if (!element || seen(element) || tries-- === 0) {
+      wanted = '';
+      return;
+    }
+    element.scrollIntoView({behavior: calm.matches ? 'auto' : 'smooth', block: 'start'});
+    setTimeout(bring, 500);
   };
+  const show = (selector) => {
+    const idle = !wanted;
+    [wanted, tries] = [selector, 10];
+    if (idle) bring();
+  };
+  for (const kind of ['wheel', 'touchmove', 'pointerdown']) {
+    addEventListener(kind, () => { wanted = ''; }, {passive: true});
+  }
   let state = '';
   new MutationObserver(() => {
     const stage = document.querySelector('.sf-stage');
     if (stage && stage.dataset.state !== state) {
-      if (state && stage.dataset.state !== 'idle') show(stage);
+      if (state && stage.dataset.state !== 'idle') show('.sf-stage');
       state = stage.dataset.state;
     }
     const told = document.querySelector('.sf-error:not([data-seen])');
     if (told) {
       told.dataset.seen = 'yes';
-      show(told);
+      show('.sf-error');
     }
   }).observe(document.body, {childList: true, subtree: true});
 }

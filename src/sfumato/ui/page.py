@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from sfumato.errors import SfumatoError
 from sfumato.ui import view
-from sfumato.ui.jobs import Run, Session, Studio
-from sfumato.ui.settings import EXAMPLES, FIELDS, Problem, Settings, problem_of
+from sfumato.ui.jobs import Drawn, Run, Studio
+from sfumato.ui.settings import EXAMPLES, FIELDS, Problem, Settings
+from sfumato.ui.tabs import Tab, Tabs
 
 __all__ = ["COOKIE", "build", "dress"]
 
 COOKIE = "sfumato-session"
-_SETTLE_S, _TICK_S = 0.6, 0.2
+#: Seconds between two ticks, while something is under way and while nothing is.
+_TICK_S, _IDLE_S = 0.25, 1.0
 _HERE = Path(__file__).parent
 
 _WEIGHTS = [
@@ -28,9 +30,11 @@ _MODELS = [("Built in: digits and clothes, small and quick", "embedded")]
 
 #: A press on a picture of the history names it; native buttons, so the keyboard works as well.
 _PICK = """element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-index]');
-  if (button) trigger('click', {index: Number(button.dataset.index)});
+  const button = event.target.closest('button[data-name]');
+  if (button) trigger('click', {name: button.dataset.name});
 });"""
+#: New settings are told with the next tick; it shall come soon.
+_HURRY = f"() => ({{__type__: 'update', value: {_TICK_S}}})"
 
 
 def dress() -> dict[str, Any]:
@@ -58,8 +62,7 @@ class _Page:
     """The components by name, and what their events do."""
 
     def __init__(self, studio: Studio) -> None:
-        self._studio = studio
-        self._tickets: dict[str, int] = {}
+        self._studio, self._tabs = studio, Tabs(studio)
         start = studio.start_with
         gr.HTML(view.HEADER, elem_id="sf-head")
         with gr.Row(elem_id="sf-main", equal_height=False):
@@ -69,8 +72,15 @@ class _Page:
                 self.stage = gr.HTML(view.idle(), elem_id="sf-stage")
                 self.history = gr.HTML("", js_on_load=_PICK, elem_id="sf-past")
         self.spoken = gr.HTML("", elem_id="sf-spoken")
+        self.shown = gr.Textbox("", visible=False)
+        self.timer = gr.Timer(_IDLE_S)
         self.fields: list[Any] = [
             self.prompt, self.model, self.steps, self.guidance, self.weights, self.seed, self.size, self.cluster,
+        ]  # fmt: skip
+        # Errors come last: what stands beside them is there already when they show.
+        self._parts: list[Any] = [
+            self.stage, self.history, self.spoken, self.estimate, *self.fields, self.generate, self.cancel, self.more,
+            *self.errors.values(),
         ]  # fmt: skip
 
     def _form(self, start: Settings) -> None:
@@ -84,8 +94,9 @@ class _Page:
                 gr.Button(text, size="sm", min_width=0, elem_classes="sf-chip") for text in EXAMPLES
             ]
         known = any(value == start.model for _, value in _MODELS)
+        self._models = [*_MODELS, *([] if known else [(start.model, start.model)])]
         self.model = gr.Dropdown(
-            [*_MODELS, *([] if known else [(start.model, start.model)])], value=start.model, label="Model",
+            self._models, value=start.model, label="Model",
             info="Or type a folder, a hub id, or cluster:NAME.", allow_custom_value=True, elem_id="sf-model",
         )  # fmt: skip
         self.errors["model"] = gr.HTML("", elem_classes="sf-slot")
@@ -105,8 +116,12 @@ class _Page:
                 self.seed = gr.Number(
                     start.seed, label="Seed", info="Same seed, same picture.", precision=0, min_width=130
                 )
-                self.size = gr.Number(
-                    start.size, label="Pixels", info="Empty: the model's own.", precision=0, min_width=130
+                self.size = gr.Textbox(  # a number field would show 0 where there is none
+                    str(start.size or ""),
+                    label="Pixels",
+                    info="Empty: the model's own.",
+                    max_lines=1,
+                    min_width=130,
                 )
             self.cluster = gr.Textbox(
                 start.cluster, label="Cluster file", info="Empty: three parties on this machine.", max_lines=1,
@@ -124,169 +139,129 @@ class _Page:
     # ---- events --------------------------------------------------------------------------------------------
 
     def listen(self, page: gr.Blocks) -> None:
-        """Connect what a person does with what happens."""
-        quiet: dict[str, Any] = {
-            "show_progress": "hidden",
-            "api_visibility": "private",
-            "concurrency_limit": None,
-        }
-        moving = [
-            self.stage,
-            self.history,
-            self.spoken,
-            self.generate,
-            self.cancel,
-            self.more,
-            *self.errors.values(),
-        ]
-        page.load(self.on_load, None, moving, **quiet)
-        counted = [self.estimate, self.model, self.more, *self.errors.values()]
-        page.load(self.on_change, self.fields, counted, **quiet)
+        """Connect what a person does with what happens.
+
+        Every event is a plain request with its answer: Gradio's queue tells its answers on a stream that it closes when
+        nothing is pending, and an event that begins at that moment is never heard of. What a person does changes the
+        state behind the page; what the page shows comes with the ticks alone, one after the other.
+        """
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+        # A press must not be lost while an earlier one is under way; `Studio.start` refuses a second run by itself.
+        press = {**quiet, "trigger_mode": "multiple"}
         gr.on(
-            [field.change for field in self.fields[1:]],
-            self.on_change,
-            self.fields,
-            counted,
-            trigger_mode="multiple",
+            [page.load, self.timer.tick],
+            self.on_tick,
+            [self.shown, self.timer, *self.fields],
+            [self.timer, *self._parts, self.shown],
+            trigger_mode="once",
             **quiet,
         )
-        # "multiple": a press right after a run must not be lost while the page still settles that run's last event;
-        # `Studio.start` refuses a second run by itself.
-        gr.on(
-            [self.generate.click, self.prompt.submit],
-            self.on_generate,
-            self.fields,
-            moving,
-            trigger_mode="multiple",
-            **quiet,
-        ).then(self.on_drawn, self.fields, [self.estimate], **quiet)
+        gr.on([field.change for field in self.fields[1:]], None, None, self.timer, js=_HURRY, **quiet)
+        gr.on([self.generate.click, self.prompt.submit], self.on_generate, self.fields, self.timer, **press)
+        self.cancel.click(self.on_cancel, None, self.timer, **press)
+        self.history.click(self.on_pick, None, self.timer, **press)
         self.prompt.input(None, None, self.errors["prompt"], js="() => ''", **quiet)
-        self.cancel.click(self.on_cancel, None, [self.cancel], queue=False, **quiet)
-        self.history.click(self.on_pick, None, [self.stage, self.history, *self.fields], **quiet)
         for button, text in zip(self.examples, EXAMPLES, strict=True):
-            button.click(
-                None,
-                None,
-                self.prompt,
-                js=f"() => {text!r}",
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            button.click(None, None, self.prompt, js=f"() => {text!r}", **quiet)
 
-    def _session(self, request: gr.Request) -> Session:
-        return self._studio.session(request.cookies.get(COOKIE) or request.session_hash or "")
-
-    def on_load(self, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        """A page that was opened or reloaded: what this browser drew, and what it is drawing."""
-        session = self._session(request)
-        shown = view.stage(session.shown) if session.shown else view.idle()
-        yield {self.stage: shown, self.history: view.history(session.history, session.shown)}
-        if session.run is not None and session.run.active:
-            yield from self._watch(session.run, session)
-
-    def on_change(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Settings changed: once they have settled, count what they cost."""
+    def _tab(self, request: gr.Request) -> Tab:
         name = request.session_hash or ""
-        ticket = self._tickets[name] = self._tickets.get(name, 0) + 1
-        time.sleep(_SETTLE_S)
-        if self._tickets[name] != ticket:
-            return
-        yield {self.estimate: view.counting(self._studio.drawing)}
-        try:
-            settings = Settings.of(*values)
-            held = self._studio.models(settings)
-            if held:
-                yield {
-                    self.model: gr.update(choices=[*_MODELS, *((name, f"cluster:{name}") for name in held)])
-                }
-            shown, problem = view.estimate(self._studio.estimate(settings)), None
-        except Exception as error:
-            shown, problem = view.unknown(), problem_of(error, "model")
-        if self._tickets[name] == ticket:
-            yield {self.estimate: shown, **self._told(problem)}
+        return self._tabs.tab(name, request.cookies.get(COOKIE) or name)
 
-    def on_drawn(self, *values: Any) -> dict[Any, Any]:
-        """A run is over: what the next one will cost, with a time that is now known."""
-        try:
-            shown = view.estimate(self._studio.estimate(Settings.of(*values)))
-        except Exception:  # what is wrong is on the page already
-            shown = view.unknown()
-        return {self.estimate: shown}
-
-    def on_generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        """Draw, and show how far it is."""
-        session = self._session(request)
-        if session.run is not None and session.run.active:  # from another tab of this browser
-            yield from self._watch(session.run, session)
-            return
-        try:
-            run = self._studio.start(Settings.of(*values), session)
-        except SfumatoError as error:
-            yield self._failed(problem_of(error), session)
-            return
-        yield self._told(None)
-        yield from self._watch(run, session)
+    def on_generate(self, request: gr.Request, *values: Any) -> Any:
+        """Draw."""
+        self._tab(request).generate(*values)
+        return gr.update(value=_TICK_S)
 
     def on_cancel(self, request: gr.Request) -> Any:
         """End the run after its step."""
-        run = self._session(request).run
+        run = self._tab(request).session.run
         if run is not None:
             run.cancel()
-        return gr.update(interactive=False)
+        return gr.update(value=_TICK_S)
 
-    def on_pick(self, request: gr.Request, event: gr.EventData) -> dict[Any, Any]:
+    def on_pick(self, request: gr.Request, event: gr.EventData) -> Any:
         """Show an image of the history again, with its settings."""
-        session = self._session(request)
-        index = event._data.get("index") if event._data else None
-        if not isinstance(index, int) or not 0 <= index < len(session.history):
-            return {}
-        session.shown = drawn = session.history[index]
-        used = drawn.settings
-        weights = "secret" if used.secret_weights else "public"
-        restored = (
-            used.prompt, used.model, used.steps, used.guidance, weights, used.seed, used.size, used.cluster,
-        )  # fmt: skip
+        self._tab(request).pick((event._data or {}).get("name"))
+        return gr.update(value=_TICK_S)
+
+    def on_tick(self, request: gr.Request, shown: Any, pace: Any, *values: Any) -> dict[Any, Any]:
+        """What has changed since the tab heard last. ``shown``: the marks of what it shows, as the last answer that it
+        got left them, so that a lost answer is told again; ``pace``: seconds between its ticks."""
+        tab = self._tab(request)
+        run = tab.follow(values)
+        told = self._told(tab, run)
+        marks = {name: mark for name, (mark, _) in told.items()}
+        known = _marks(shown)
+        answer: dict[Any, Any] = {}
+        for name, (mark, made) in told.items():
+            if known.get(name) != mark:
+                answer.update(made())
+        wanted = _IDLE_S if run is None and tab.counted is not None else _TICK_S
+        if pace != wanted:
+            answer[self.timer] = gr.update(value=wanted)
+        if known != marks:
+            answer[self.shown] = json.dumps(marks)
+        return answer or {self.timer: gr.skip()}
+
+    def _told(self, tab: Tab, run: Run | None) -> dict[str, tuple[str, Callable[[], dict[Any, Any]]]]:
+        """Everything that a tab shall show: a mark that changes with it, and how to make it."""
+        session = tab.session
+        drawn = None if run is not None or session.cancelled else session.shown
+        spoken, phase = tab.spoken, "over"
+        if run is not None:
+            progress = run.progress()
+            frame, spoken, phase = view.running(progress), view.spoken(progress), "runs"
+            if progress.phase == "cancelling":
+                phase = "ends"
+        else:
+            frame = view.idle(session.cancelled)
+        images, looked = list(session.history), session.shown
+        past = " ".join([looked.name if looked else "", *(drawn.name for drawn in images)])
+        cost = self._cost(tab)
+        parts: dict[str, tuple[str, Callable[[], dict[Any, Any]]]] = {
+            "stage": (
+                _mark(drawn.name if drawn else frame),
+                lambda: {self.stage: view.stage(drawn) if drawn else frame},
+            ),
+            "past": (_mark(past), lambda: {self.history: view.history(images, looked)}),
+            "spoken": (_mark(spoken), lambda: {self.spoken: spoken}),
+            "estimate": (_mark(cost), lambda: {self.estimate: cost}),
+            "models": (_mark(*tab.models), lambda: self._choices(tab.models)),
+            "buttons": (
+                phase,
+                lambda: {
+                    self.generate: gr.update(interactive=phase == "over"),
+                    self.cancel: gr.update(interactive=phase == "runs"),
+                },
+            ),
+            "fields": (str(tab.restored.number), lambda: self._restored(tab.restored.what)),
+            "problem": (str(tab.told.number), lambda: self._problem(tab.told.what)),
+        }
+        return parts
+
+    def _cost(self, tab: Tab) -> str:
+        counted = tab.counted
+        if counted is None:
+            return view.counting(self._studio.drawing)
+        return view.unknown() if counted.cost is None else view.estimate(counted.cost)
+
+    def _choices(self, models: list[str]) -> dict[Any, Any]:
         return {
-            self.stage: view.stage(drawn),
-            self.history: view.history(session.history, drawn),
-            **dict(zip(self.fields, restored, strict=True)),
+            self.model: gr.update(choices=[*self._models, *((name, f"cluster:{name}") for name in models)])
         }
 
-    # ---- inside --------------------------------------------------------------------------------------------
+    def _restored(self, drawn: Drawn | None) -> dict[Any, Any]:
+        if drawn is None:
+            return {}
+        used = drawn.settings
+        weights = "secret" if used.secret_weights else "public"
+        values = (
+            used.prompt, used.model, used.steps, used.guidance, weights, used.seed, used.size, used.cluster,
+        )  # fmt: skip
+        return dict(zip(self.fields, values, strict=True))
 
-    def _watch(self, run: Run, session: Session) -> Iterator[dict[Any, Any]]:
-        shown, heard = "", ""
-        yield {self.generate: gr.update(interactive=False), self.cancel: gr.update(interactive=True)}
-        while True:
-            over = run.wait(_TICK_S if shown else 0.0)
-            if over:
-                break
-            progress = run.progress()
-            now, said = view.running(progress), view.spoken(progress)
-            update: dict[Any, Any] = {self.stage: now} if now != shown else {}
-            if said != heard:
-                update[self.spoken] = said
-            shown, heard = now, said
-            if update:
-                yield update
-        idle = {self.generate: gr.update(interactive=True), self.cancel: gr.update(interactive=False)}
-        if run.drawn is not None:
-            yield {
-                self.stage: view.stage(run.drawn),
-                self.history: view.history(session.history, session.shown),
-                self.spoken: "Done: the picture is ready",
-                **idle,
-            }
-        elif run.problem is not None:
-            yield {**self._failed(run.problem, session), **idle}
-        else:
-            yield {self.stage: view.idle(cancelled=True), self.spoken: "Cancelled", **idle}
-
-    def _failed(self, problem: Problem, session: Session) -> dict[Any, Any]:
-        shown = view.stage(session.shown) if session.shown else view.idle()
-        return {self.stage: shown, self.spoken: "", **self._told(problem)}
-
-    def _told(self, problem: Problem | None) -> dict[Any, Any]:
+    def _problem(self, problem: Problem | None) -> dict[Any, Any]:
         told = {
             self.errors[name]: view.error(problem.text if problem and problem.field == name else None)
             for name in FIELDS
@@ -296,9 +271,23 @@ class _Page:
         return told
 
 
+def _mark(*texts: str) -> str:
+    """Changes when the texts do."""
+    return hashlib.blake2s("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+
+def _marks(shown: Any) -> dict[str, str]:
+    """What a tab says it shows; nothing, where it does not say."""
+    try:
+        found = json.loads(shown)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def build(studio: Studio) -> gr.Blocks:
     """The page of one studio."""
     with gr.Blocks(title="sfumato", analytics_enabled=False, fill_width=True) as blocks:
         _Page(studio).listen(blocks)
-    blocks.queue(default_concurrency_limit=None, api_open=False)
+    blocks.queue(api_open=False)
     return blocks

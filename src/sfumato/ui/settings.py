@@ -72,7 +72,9 @@ class Settings:
             guidance=_number(guidance, "guidance", 0.0, _MOST_GUIDANCE),
             secret_weights=weights == "secret",
             seed=int(_number(seed, "the seed", 0, _MOST_SEED, whole=True)),
-            size=None if not size else int(_number(size, "the image size", 8, _MOST_PIXELS, whole=True)),
+            size=None
+            if not str(size or "").strip()
+            else int(_number(size, "the image size", 8, _MOST_PIXELS, whole=True)),
             cluster=str(Path(cluster).expanduser()) if cluster else "",
         )
 

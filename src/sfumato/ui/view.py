@@ -14,7 +14,9 @@ from sfumato.runtime.report import readable
 from sfumato.ui.figures import Bar
 from sfumato.ui.jobs import Drawn, Estimate, Progress
 
-__all__ = ["HEADER", "busy", "counting", "error", "estimate", "history", "idle", "running", "spoken", "stage"]
+__all__ = [
+    "HEADER", "counting", "ended", "error", "estimate", "history", "idle", "running", "spoken", "stage", "unknown",
+]  # fmt: skip
 
 HEADER = """
 <header class="sf-header"><div class="sf-smoke" aria-hidden="true"></div>
@@ -112,15 +114,15 @@ def running(progress: Progress) -> str:
     return _stage("running", _frame(text))
 
 
-def busy() -> str:
-    """A run that was asked for a moment ago."""
-    return running(Progress(phase="loading", step=0, steps=1, left_s=None))
-
-
 def spoken(progress: Progress) -> str:
     """The same for a screen reader, which hears it once for each change."""
     step = f", step {progress.step} of {progress.steps} done" if progress.step else ""
     return f"{_PHASES[progress.phase]}{step}"
+
+
+def ended(cancelled: bool) -> str:
+    """The same at the end of a run that did not fail."""
+    return "Cancelled" if cancelled else "Done: the picture is ready"
 
 
 def stage(drawn: Drawn) -> str:
@@ -189,9 +191,10 @@ def history(images: Sequence[Drawn], shown: Drawn | None) -> str:
     if not images:
         return ""
     items = "".join(
-        f'<li><button type="button" data-index="{i}" title="{_told(drawn)}" aria-label="Show again: {_told(drawn)}"'
-        f'{" aria-current=true" if drawn is shown else ""}><img src="{_uri(drawn.image)}" alt=""></button></li>'
-        for i, drawn in enumerate(images)
+        f'<li><button type="button" data-name="{drawn.name}" title="{_told(drawn)}" '
+        f'aria-label="Show again: {_told(drawn)}"{" aria-current=true" if drawn is shown else ""}>'
+        f'<img src="{_uri(drawn.image)}" alt=""></button></li>'
+        for drawn in images
     )
     title = "<h2>Earlier in this session</h2>"
     return f'<section class="sf-history" aria-label="History">{title}<ul>{items}</ul></section>'
