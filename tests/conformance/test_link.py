@@ -3,10 +3,10 @@ certificates."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parties"))
+
+from certificates import reissue
 
 from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Link, PeerAbort, tag_of
@@ -27,12 +30,13 @@ from sfumato.link.identity import (
     dial,
     listen,
     party_identity,
+    read_fields,
     welcome,
 )
 from sfumato.link.memory import memory_links
 from sfumato.link.preamble import PREAMBLE_BYTES, PROTOCOL_VERSION, Preamble, preamble, read_preamble
 from sfumato.link.tls import LinkLimits, TlsLink
-from sfumato.runtime.authority import Authority, init_cluster
+from sfumato.runtime.authority import init_cluster
 
 pytestmark = pytest.mark.timeout(20)
 BYTES, WORDS = DTYPE_CODES["uint8"], DTYPE_CODES["int64"]
@@ -336,6 +340,19 @@ def test_hostile_bytes(clusters: list[Path], data: bytes, match: str) -> None:
     hostile(clusters, data, match)
 
 
+def test_who_sends_a_bad_frame_is_told_so(clusters: list[Path]) -> None:
+    folder = clusters[0]
+    bad, good = meet(folder / "party0", folder / "party1", HOSTS[1], party_identity(1))
+    link = TlsLink(1, {0: good}, LIMITS)
+    bad.sendall(bytes(HEADER_BYTES))
+    with pytest.raises(LinkError, match="not a sfumato frame"):
+        receive(link, 0, A)
+    link.abort("bad frame")
+    with pytest.raises(PeerAbort, match="bad frame"):
+        read_fields(bad, "party 1", 5.0)
+    bad.close()
+
+
 def test_a_frame_that_never_ends_is_bounded(clusters: list[Path]) -> None:
     folder = clusters[0]
     bad, good = meet(folder / "party0", folder / "party1", HOSTS[1], party_identity(1))
@@ -390,15 +407,8 @@ def test_caller_of_another_authority_is_refused(clusters: list[Path]) -> None:
 def reissued(folder: Path, shelf: str, into: Path, start_days: float, end_days: float) -> Path:
     """A copy of a folder whose certificate is valid from and until so many days from now."""
     shutil.copytree(folder / shelf, into)
-    now = datetime.datetime.now(datetime.UTC)
-    span = (now + datetime.timedelta(days=start_days), now + datetime.timedelta(days=end_days))
     index = int(shelf[-1])
-    made = Authority.load(folder / "authority").issue(party_identity(index), shelf, HOSTS[index], valid=span)
-    (into / "certificate.pem").write_bytes(made[0].public_bytes(serialization.Encoding.PEM))
-    key = made[1].private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (into / "key.pem").write_bytes(key)
+    reissue(into, folder / "authority", party_identity(index), HOSTS[index], start_days, end_days)
     return into
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import doors
 import torch
+from inputs import as_json, changed, changed_fields, refusing
 
-from sfumato.errors import SfumatoError
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import Plan, load_side, make_plan
 from sfumato.link.base import Frame, tag_of
@@ -58,17 +59,6 @@ Machines = list[tuple[PartyMachine, LockstepLink]]
 
 #: No input may make a reader hold more than this: messages are bounded before memory is taken.
 _BOUND = 1 << 20
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """An input may be refused with one sentence of ours; every other exception is a finding."""
-    try:
-        yield
-    except SfumatoError as error:
-        text = str(error).splitlines()[0]
-        assert text, "an error without a sentence"
-        assert len(text) < 2000, "an error that repeats its input"
 
 
 # ---- the byte stream -----------------------------------------------------------------------------------------
@@ -149,16 +139,9 @@ def message(data: bytes) -> None:
 # ---- what messages say ---------------------------------------------------------------------------------------
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
 def command(data: bytes, tensors: list[torch.Tensor] | None = None) -> None:
     """A command's header: read, written again, hashed, and done by a party's machine."""
-    fields = _json(data)
+    fields = as_json(data)
     if not isinstance(fields, dict):
         return
     with refusing():
@@ -175,16 +158,33 @@ def _done(machines: Machines, fields: dict[str, Any], tensors: list[torch.Tensor
         lockstep(tasks)
 
 
+#: What running a plan that does not fit itself may raise.
+_MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+
 def session(data: bytes) -> None:
-    """A whole session of real commands, some of them changed by the input; an error ends it, as it does for parties."""
+    """A whole session of real commands, some of them changed by the input; an error ends it, as it does for parties.
+
+    A plan that reads well may still name methods that do not fit its calls. Who runs such a plan of its own is told
+    *internal error in party 1 (KeyError)* and has lost its session, so that counts as refused here, and only then.
+    """
     choices, machines = iter(data), _machines()
+    own: tuple[type[Exception], ...] = ()
     with refusing():
         for known, tensors in _story():
             fields, sent = to_message(known, tensors)
             if next(choices, 1) % 4 == 0:
-                fields = _changed(fields, choices)
-            if isinstance(fields, dict):
-                _done(machines, json.loads(json.dumps(fields)), sent)
+                fields = changed(fields, choices)
+                own = _MISFITS if isinstance(known, Load) else own
+            fields = as_json(json.dumps(fields).encode())
+            if fields is None:
+                continue
+            try:
+                _done(machines, fields, sent)
+            except own:
+                if isinstance(known, Load):
+                    raise
+                return
 
 
 def _machines() -> Machines:
@@ -197,36 +197,10 @@ def _machines() -> Machines:
 
 def plan(data: bytes) -> None:
     """The JSON of a plan, as a client sends it."""
-    fields = _json(data)
+    fields = as_json(data)
     if isinstance(fields, dict):
         with refusing():
             Plan.from_json(fields)
-
-
-#: What a field of JSON may be replaced with.
-_ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 63, 64, 2**31, 2**63, -(2**64), 0.5, -1e308, "", "x", "y" * 300, "../x", "\0",
-    [], {}, [[]], [0], [None], {"x": {}}, [2**40, 2**40],
-)  # fmt: skip
-
-
-def _changed(value: Any, choices: Iterator[int]) -> Any:
-    """``value`` with one part of it replaced, dropped or doubled, where and how as ``choices`` say."""
-    inside = value if isinstance(value, dict | list) else ()
-    if not inside or next(choices, 0) % 4 == 0:
-        return _ODD[next(choices, 0) % len(_ODD)]
-    place = (next(choices, 0) << 8 | next(choices, 0)) % len(inside)
-    what = next(choices, 0) % 8
-    if isinstance(value, dict):
-        key = list(value)[place]
-        if what == 0:
-            return {k: v for k, v in value.items() if k != key}
-        return {**value, (f"{key}x" if what == 1 else key): _changed(value[key], choices)}
-    if what == 0:
-        return [*value[:place], *value[place + 1 :]]
-    if what == 1:
-        return [*value, *value]
-    return [*value[:place], _changed(value[place], choices), *value[place + 1 :]]
 
 
 def command_fields(data: bytes) -> None:
@@ -234,8 +208,7 @@ def command_fields(data: bytes) -> None:
     choices = iter(data)
     known = _commands()
     fields = to_message(known[next(choices, 0) % len(known)], [torch.arange(4)])[0]
-    for _ in range(1 + next(choices, 0) % 3):
-        fields = _changed(fields, choices)
+    fields = changed_fields(fields, choices)
     if isinstance(fields, dict):
         command(json.dumps(fields).encode())
 
@@ -244,8 +217,7 @@ def plan_fields(data: bytes) -> None:
     """A real plan with fields that the input changes."""
     choices = iter(data)
     fields = json.loads(json.dumps(_plan().for_parties()))
-    for _ in range(1 + next(choices, 0) % 3):
-        fields = _changed(fields, choices)
+    fields = changed_fields(fields, choices)
     plan(json.dumps(fields).encode())
 
 
@@ -263,13 +235,14 @@ def terms(data: bytes) -> None:
 
 def cluster_file(data: bytes) -> None:
     """A cluster file's text."""
-    with refusing():
+    with refusing(1 << 20):
         Cluster.parse(data.decode("utf-8", "replace"))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "stream": stream, "header": header, "message": message, "command": command, "plan": plan, "terms": terms,
     "command_fields": command_fields, "plan_fields": plan_fields, "session": session, "cluster_file": cluster_file,
+    **doors.TARGETS,
 }  # fmt: skip
 
 
@@ -279,7 +252,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 @cache
 def seeds(target: str) -> tuple[bytes, ...]:
     """Inputs that the real writers make, so that a search starts behind the first checks."""
-    found: list[bytes] = [b"", b"{}", b"\0" * 64]
+    found: list[bytes] = [b"", b"{}", b"\0" * 64, *doors.SEEDS.get(target, ())]
     header_of = [pack_header(kind, 0, b"\0" * 8, 0, 0) for kind in (Kind.DATA, Kind.HELLO, Kind.BYE)]
     abort = abort_payload("a reason", "LinkError", 1)
     if target == "header":
@@ -294,6 +267,9 @@ def seeds(target: str) -> tuple[bytes, ...]:
         found += [_cut(pack_message(*to_message(c, [torch.arange(4)]))) for c in _commands()]
     elif target == "command":
         found += [json.dumps(to_message(c, [torch.arange(4)])[0]).encode() for c in _commands()]
+        found.append(
+            re.sub(rb"\d+\.\d+", b"1e999", found[-1])
+        )  # a number that no JSON can be written with again
     elif target == "plan":
         found.append(json.dumps(_plan().for_parties()).encode())
     elif target == "terms":

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 _FILE = Path(__file__).with_name("targets.py")
+sys.path.insert(0, str(_FILE.parent))
 _SPEC = importlib.util.spec_from_file_location("fuzz_targets", _FILE)
 assert _SPEC is not None
 assert _SPEC.loader is not None
@@ -29,6 +30,8 @@ MUTANTS = {
     "command": 200,
     "plan": 60,
     "terms": 40,
+    "request_fields": 600,
+    "party_file": 200,
 }
 
 
@@ -58,7 +61,21 @@ def test_real_inputs_and_their_neighbours_end_well(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["header", "stream", "message", "cluster_file", "command_fields", "plan_fields"]
+    "name",
+    [
+        "header",
+        "stream",
+        "message",
+        "cluster_file",
+        "command_fields",
+        "plan_fields",
+        "preamble",
+        "hello",
+        "request",
+        "request_fields",
+        "party_file",
+        "pipe",
+    ],
 )
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=300))

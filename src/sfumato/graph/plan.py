@@ -178,7 +178,12 @@ class Plan:
             raise CaptureError("this plan does not place every value of its program")
         if {key.partition(".")[0] for key in plan.watches} - {n.name for n in plan.secret_nodes}:
             raise CaptureError("this plan watches a call that the parties do not run")
-        _refuse(plan.program.title, _problems(Placed(plan.program, plan.places, plan.per_call)))
+        try:
+            Ring.named(plan.options.ring)
+            problems = _problems(Placed(plan.program, plan.places, plan.per_call))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CaptureError(f"this is not the JSON of a plan ({type(error).__name__})") from error
+        _refuse(plan.program.title, problems)
         return plan
 
     def digest(self) -> str:

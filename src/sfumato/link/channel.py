@@ -83,6 +83,7 @@ class Channel:
         self.paused = False
         self.problem: LinkError | None = None
         self.left = False  # it said goodbye
+        self.garbled = False  # it sent what is no frame
         self.inside_frame = False
         self.progress_at = time.monotonic()
         self.payload_sent = self.payload_received = 0
@@ -109,6 +110,11 @@ class Channel:
     def unclaimed(self) -> int:
         """Payload bytes that have arrived and were not taken."""
         return self.payload_received - self.claimed
+
+    @property
+    def hears(self) -> bool:
+        """Whether the peer can still be told something: nothing has gone wrong, or only what it says has ended."""
+        return self.problem is None or self.left or self.garbled
 
     def start(self) -> None:
         self.reader.start()
@@ -251,7 +257,7 @@ class Channel:
         with self._changed:
             deadline, last = time.monotonic() + stall_s, self.unsent
             while self.unsent > target:
-                if self.problem is not None and not self.left:
+                if not self.hears:
                     return True  # what waits next reports it
                 now = time.monotonic()
                 if self.unsent < last:
@@ -314,6 +320,7 @@ class Channel:
         except StopIteration:
             pass
         except LinkError as error:
+            self.garbled = True
             self._fail(LinkError(f"{peer_name(self.peer)} {error}"))
         except Exception as error:
             self._fail_io(error)

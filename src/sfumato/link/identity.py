@@ -7,6 +7,7 @@ report the same cause.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -28,6 +29,7 @@ __all__ = [
     "client_identity",
     "connect",
     "dial",
+    "explained",
     "fingerprint_of",
     "identity_of",
     "listen",
@@ -113,7 +115,7 @@ def fingerprint_of(sock: ssl.SSLSocket) -> str:
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 picks a free one."""
     try:
-        return socket.create_server((host, port), backlog=32)
+        return socket.create_server((host, port), backlog=256)
     except OSError as error:
         raise LinkError(f"cannot listen on {host} port {port} ({error.strerror or error})") from None
 
@@ -144,7 +146,7 @@ def connect(
     except BaseException as error:
         raw.close()
         if isinstance(error, OSError):
-            raise _explained(error, where, timeout_s) from None
+            raise explained(error, where, timeout_s) from None
         raise
     try:
         sock.do_handshake()
@@ -153,7 +155,7 @@ def connect(
     except BaseException as error:
         sock.close()
         if isinstance(error, (LinkError, OSError)):
-            raise _explained(error, where, timeout_s) from None
+            raise explained(error, where, timeout_s) from None
         raise
 
 
@@ -177,7 +179,7 @@ def read_fields(
     except (ConnectionError, ssl.SSLEOFError):
         raise LinkError(f"{where} closed the connection") from None
     except (LinkError, OSError) as error:
-        raise _explained(error, where, timeout_s) from None
+        raise explained(error, where, timeout_s) from None
 
 
 def _read_fields(
@@ -219,7 +221,7 @@ def dial(
     except BaseException as error:
         sock.close()
         if isinstance(error, (LinkError, OSError)):
-            raise _explained(error, where, timeout_s) from None
+            raise explained(error, where, timeout_s) from None
         raise
 
 
@@ -240,7 +242,7 @@ def answer(
     except BaseException as error:
         raw.close()
         if isinstance(error, OSError):
-            raise _explained(error, where, timeout_s) from None
+            raise explained(error, where, timeout_s) from None
         raise
     try:
         sock.do_handshake()
@@ -258,9 +260,11 @@ def answer(
         if isinstance(error, LinkError) and not isinstance(error, PeerAbort):
             refuse(sock, f"{error}")
         else:
+            if isinstance(error, ssl.SSLError):
+                _end_writing(sock, time.monotonic() + 1.0)  # the alert says why
             sock.close()
         if isinstance(error, (LinkError, OSError)):
-            raise _explained(error, where, timeout_s) from None
+            raise explained(error, where, timeout_s) from None
         raise
 
 
@@ -281,14 +285,20 @@ def refuse(
     deadline = time.monotonic() + timeout_s
     try:
         _send(sock, Kind.ABORT, abort_payload(reason, kind, origin), deadline)
-        socket.socket.shutdown(sock, socket.SHUT_WR)
-        while time.monotonic() < deadline and sock.recv(
-            4096
-        ):  # let it read the reason before a reset can overtake it
-            pass
+        _end_writing(sock, deadline)
     except (OSError, ValueError):
         pass
     sock.close()
+
+
+def _end_writing(sock: socket.socket, deadline: float) -> None:
+    """Let the other end read what was said before a reset can overtake it: what it sends is read to its end."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while (left_s := deadline - time.monotonic()) > 0:
+            sock.settimeout(left_s)
+            if not socket.socket.recv(sock, 4096):
+                return
 
 
 def _tune(raw: socket.socket) -> None:
@@ -384,8 +394,8 @@ def _tls_reason(error: BaseException) -> str:
     return public_text(str(getattr(error, "strerror", None) or type(error).__name__))
 
 
-def _explained(error: BaseException, where: str, timeout_s: float) -> LinkError:
-    """The error to raise; an abort speaks for itself."""
+def explained(error: BaseException, where: str, timeout_s: float) -> LinkError:
+    """The error to raise for what happened to a connection with ``where``; an abort speaks for itself."""
     return error if isinstance(error, PeerAbort) else LinkError(_explain(error, where, timeout_s))
 
 

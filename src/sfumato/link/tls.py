@@ -206,7 +206,7 @@ class TlsLink(Link):
                 channel.finish(last_words, abort=abort)
             deadline = time.monotonic() + patience_s
             for channel in self._channels.values():
-                if channel.problem is None or channel.left:
+                if channel.hears:
                     channel.drain(0, max(0.0, deadline - time.monotonic()))
                 channel.half_close()
             deadline = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from sfumato.errors import JobError
 from sfumato.link.tls import LinkLimits
+from sfumato.runtime.canonical import parse_toml
 
 __all__ = ["Cluster", "Limits", "Member", "link_limits", "with_ports"]
 
@@ -68,10 +68,7 @@ class Cluster:
     @staticmethod
     def parse(text: str) -> Cluster:
         """The cluster described by TOML ``text``; ``JobError`` listing every problem."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise JobError(f"it is not valid TOML ({error}).") from None
+        data = parse_toml(text)
         problems = [f"Unknown key '{key}'." for key in data if key not in ("format", "party", "limits")]
         if data.get("format") != 1:
             problems.append("Set format = 1.")

@@ -11,7 +11,7 @@ from typing import Any
 from sfumato import errors
 from sfumato.errors import LinkError, SfumatoError
 from sfumato.link.base import PeerAbort
-from sfumato.link.identity import Credentials, connect, party_identity, read_fields, send_fields
+from sfumato.link.identity import Credentials, connect, explained, party_identity, read_fields, send_fields
 from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.handshake import PROTOCOL_VERSION, package_version
 
@@ -58,6 +58,8 @@ class ControlConnection:
             send_fields(self._sock, {**greeting(), **request}, timeout_s)
         except ConnectionError:
             pass
+        except ssl.SSLError as error:  # its refusal of our certificate may come before we have asked
+            raise explained(error, self._where, timeout_s) from None
         except OSError:
             raise LinkError(f"{self._where} takes no request ({timeout_s:g} s)") from None
 

@@ -61,7 +61,7 @@ def make_protocol(options: Mapping[str, Any]) -> Protocol:
     """The protocol that a job's options name: ``{"protocol": "rep3" | "plain", "fused": bool}``."""
     kinds: dict[str, type[Protocol]] = {"rep3": Rep3, "plain": Plain}
     name = options.get("protocol", "rep3")
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise JobError(f"there is no protocol {name!r}; use rep3 or plain")
     return kinds[name](fused=bool(options.get("fused", True)))
 

@@ -22,7 +22,8 @@ _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 class Pipe:
     """One end. A message is one JSON object on a line, and descriptors beside it; one thread receives, any sends.
 
-    The end of the other process, however it came, reads as None: a pipe has no other holders.
+    The end of the other process, however it came, reads as None: a pipe has no other holders. So does a message that
+    none of ours would write.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -72,8 +73,11 @@ class Pipe:
             self._text += data
         line, _, rest = bytes(self._text).partition(b"\n")
         self._text = bytearray(rest)
-        fields: dict[str, Any] = json.loads(line)
-        count = int(fields["descriptors"])
+        try:
+            fields: dict[str, Any] = json.loads(line)
+            count = int(fields["descriptors"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
         taken, self._fds = self._fds[:count], self._fds[count:]
         return fields, taken
 

@@ -31,6 +31,7 @@ from sfumato.runtime import telemetry
 from sfumato.runtime.authority import certificate_days
 from sfumato.runtime.cluster import Cluster, with_ports
 from sfumato.runtime.forkserver import Forkserver
+from sfumato.runtime.greetings import Greetings, host_of, makes_room
 from sfumato.runtime.jobs import JobQueue
 from sfumato.runtime.metrics import Metrics, OperationsServer
 from sfumato.runtime.passing import Pipe
@@ -55,6 +56,7 @@ class _Caller:
     """A connection that has not said its whole preamble, or comes before its run."""
 
     sock: socket.socket
+    host: str
     deadline: float
     said: bytes = b""
     run: str = ""
@@ -119,7 +121,7 @@ class PartySupervisor:
         self._callers: dict[socket.socket, _Caller] = {}
         self._early_lock = threading.Lock()
         self._early: list[_Caller] = []
-        self._greetings = threading.BoundedSemaphore(_MOST_REQUESTS)
+        self._greetings = Greetings(_MOST_REQUESTS, lambda: self.metrics.refused("busy"))
         self._next_look = 0.0
 
     def serve_forever(self) -> None:
@@ -182,9 +184,9 @@ class PartySupervisor:
             _log.warning("party %d could not accept a caller (%s)", self.index, type(error).__name__)
             return
         sock.setblocking(False)
-        if len(self._callers) >= _MOST_CALLERS:  # who says nothing must not keep the others out
-            self._drop(next(iter(self._callers.values())), "busy")
-        self._callers[sock] = _Caller(sock, time.monotonic() + self.cluster.limits.connect_s)
+        if len(self._callers) >= _MOST_CALLERS:
+            self._drop(makes_room(self._callers.values(), lambda caller: caller.host), "busy")
+        self._callers[sock] = _Caller(sock, host_of(sock), time.monotonic() + self.cluster.limits.connect_s)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _hear(self, caller: _Caller) -> None:
@@ -211,13 +213,15 @@ class PartySupervisor:
             self._hand_over(caller)
 
     def _answer(self, sock: socket.socket, preamble: Preamble) -> None:
-        if not self._greetings.acquire(blocking=False):
+        try:
+            known = self._greetings.enter(sock)
+        except OSError:  # no descriptor left
             self.metrics.refused("busy")
             sock.close()
             return
         threading.Thread(
             target=self._requests.serve,
-            args=(sock, preamble, self._greetings.release),
+            args=(sock, preamble, known),
             name="sfumato-request",
             daemon=True,
         ).start()
@@ -228,10 +232,10 @@ class PartySupervisor:
             if not self._place.hand_over(caller.run, caller.sock):
                 caller.deadline = time.monotonic() + self.cluster.limits.connect_s
                 self._early.append(caller)
-                late = self._early[:-_MOST_EARLY]
-                del self._early[:-_MOST_EARLY]
-                for one in late:
-                    self._close(one, "run")
+                if len(self._early) > _MOST_EARLY:
+                    late = makes_room(self._early, lambda one: one.host)
+                    self._early.remove(late)
+                    self._close(late, "run")
 
     def _let_in_early(self, session: Supervised) -> None:
         """A worker is there: who waited for its run goes to it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfumato.errors import JobError
+from sfumato.runtime.canonical import parse_toml
 
 __all__ = ["PartySettings"]
 
@@ -64,11 +64,7 @@ class PartySettings:
     @staticmethod
     def parse(text: str, folder: Path = Path()) -> PartySettings:
         """The settings in TOML ``text``; ``JobError`` listing every problem. Paths are taken from ``folder``."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise JobError(f"it is not valid TOML ({error}).") from None
-        found = _Tables(data)
+        found = _Tables(parse_toml(text))
         values: dict[str, Any] = {}
         for key, value in found.table("sessions", *_SESSIONS).items():
             low, high = _SESSIONS[key]
@@ -90,14 +86,14 @@ class PartySettings:
             found.problem("revoked must be a list of fingerprints, each 'sha256:' and 64 hex digits.")
         operations = found.table("operations", "host", "port")
         host, port = operations.get("host", "127.0.0.1"), operations.get("port", 0)
-        if not isinstance(host, str) or not host:
+        if not isinstance(host, str) or not host or not host.isprintable():
             found.problem("The host in [operations] must be an address to listen on.")
         if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
             found.problem("The port in [operations] must be a whole number from 0 to 65535.")
         storage = found.table("storage", "folder", "key")
         for key, default in (("folder", "store"), ("key", "storage.key")):
             value = storage.get(key, default)
-            if isinstance(value, str) and value:
+            if isinstance(value, str) and value and "\0" not in value:
                 values[f"storage_{key}"] = folder / value
             else:
                 found.problem(f"The {key} in [storage] must be a path.")
