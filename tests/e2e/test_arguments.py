@@ -238,6 +238,16 @@ def _turn(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> di
     return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
 
 
+def _paint(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors["latents"][..., :4] = 0.5
+    return tensors
+
+
+def _overwrite(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    tensors["prompt_embeds"].copy_(tensors["prompt_embeds"].flip(0))
+    return {}
+
+
 def _weigh(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     running._guidance_scale = 1.5
     return tensors
@@ -253,11 +263,13 @@ def _stop(running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> di
     [
         (_tint, ["latents"]),
         (_turn, ["prompt_embeds"]),
+        (_paint, ["latents"]),
+        (_overwrite, ["prompt_embeds", "latents"]),
         (_weigh, []),
         (_stop, []),
         (SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0), None),
     ],
-    ids=["latents", "prompt_embeds", "guidance", "interrupt", "cutoff"],
+    ids=["latents", "prompt_embeds", "in place", "in place, not returned", "guidance", "interrupt", "cutoff"],
 )
 def test_what_a_callback_changes(
     pipe: SecurePipeline, reference: StableDiffusionPipeline, callback: Any, names: list[str] | None
@@ -315,6 +327,12 @@ def test_latents_are_opened_on_request_alone(pipe: SecurePipeline, commands: lis
         ({"latents": torch.zeros(1, 4, 8, 8), "height": 40, "width": 40}, "latents must have the shape"),
         ({"num_images_per_prompt": 0.5}, "num_images_per_prompt"),
         ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_inference_steps": "20"}, "num_inference_steps must be a whole number of at least 1, not '20'"),
+        ({"num_inference_steps": [20]}, "num_inference_steps must be a whole number"),
+        ({"height": "32", "width": 32}, "height must be a whole number of pixels"),
+        ({"guidance_scale": None}, "guidance_scale must be a finite number, not None"),
+        ({"guidance_scale": "7.5"}, "guidance_scale must be a finite number"),
+        ({"negative_prompt_embeds": torch.zeros(1, 9, 64)}, "must be of one shape"),
         ({"timesteps": [9, 5], "sigmas": [1.0]}, "takes no list of timesteps"),
         ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
@@ -348,6 +366,8 @@ def test_sentences(
     [
         (lambda *_: {"latents": torch.zeros(1, 4, 8, 8)}, [], "does not name"),
         (lambda *_: {"prompt_embeds": torch.zeros(3, 16, 64)}, ["prompt_embeds"], "prompt_embeds of"),
+        (lambda *_: {"latents": torch.zeros(1, 4, 4, 4)}, ["latents"], "latents of"),
+        (lambda *_: {"latents": None}, ["latents"], "no tensor"),
     ],
 )
 def test_what_a_callback_cannot_return(

@@ -80,7 +80,9 @@ def test_the_image_that_diffusers_makes(pipe: Any) -> None:
     assert psnr(output.images, expected) >= 50
     for found, theirs in zip(mine, seen[len(mine) :], strict=True):
         assert torch.allclose(found, theirs, atol=1e-3 * float(theirs.abs().max()))
-    assert pipe.estimate(**given, **watching).same_cost(output.report)
+    theirs = seeded()
+    assert pipe.estimate(**given, **watching, generator=theirs).same_cost(output.report)
+    assert torch.equal(theirs.get_state(), seeded().get_state()), "an estimate draws nothing of the caller's"
     other = plain(pipe, **{**given, "image": drawn(0.2)}, generator=seeded())
     assert psnr(other, expected) < 30, "the picture matters"
 

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sfumato.diffusion.pipeline import SecurePipeline
+from sfumato.diffusion.request import Request
 from sfumato.errors import JobError
 from sfumato.zoo.train.build import save_pipeline
 
@@ -343,6 +345,9 @@ def test_new_weights_make_a_new_plan(folder: Path) -> None:
     _scale(pipe, 3.0)
     second = pipe(**arguments()).images
     assert psnr(second, pipe.plain(**arguments()).images) >= max(CLOSE, psnr(first, second) + NEARER)
+    known = pipe.plan(**arguments()).digest()
+    pipe.unet.conv_out.weight.data.mul_(3.0)  # as diffusers fuses an adapter: no version tells it
+    assert pipe.plan(**arguments()).digest() != known
 
 
 def test_things_that_are_no_pipeline(folder: Path) -> None:
@@ -363,20 +368,27 @@ def test_things_that_are_no_pipeline(folder: Path) -> None:
 @pytest.fixture
 def adapted(folder: Path) -> StableDiffusionPipeline:
     """Two LoRAs on attention of the U-Net and of the text encoder, strong enough to be seen."""
-    peft = pytest.importorskip("peft", reason="no peft")
+    pytest.importorskip("peft", reason="no peft")
     pipe = diffusers_pipe(folder)
     torch.manual_seed(5)
     for name in ("one", "two"):
-        for module, targets in (
-            (pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]),
-            (pipe.text_encoder, ["q_proj", "v_proj", "fc1"]),
-        ):
-            config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there is one already
-                peft.inject_adapter_in_model(config, module, adapter_name=name)
-        pipe.unet._hf_peft_config_loaded = True
+        _adapt(pipe, name)
     return pipe
+
+
+_TARGETS = {"unet": ["to_q", "to_k", "to_v", "to_out.0"], "text_encoder": ["q_proj", "v_proj", "fc1"]}
+
+
+def _adapt(pipe: Any, name: str, parts: Sequence[str] = tuple(_TARGETS)) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for part in parts:
+        module, targets = getattr(pipe, part), _TARGETS[part]
+        config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one already
+            inject_adapter_in_model(config, module, adapter_name=name)
+    pipe.unet._hf_peft_config_loaded = True
 
 
 def _one(pipe: Any) -> dict[str, Any]:
@@ -434,6 +446,70 @@ def test_adapters_that_change_between_calls(adapted: StableDiffusionPipeline) ->
     for own, other in ((0, 1), (1, 0)):  # adapters change little in a small random network
         assert psnr(seen[own], exact[own]) >= max(CLOSE, psnr(seen[own], exact[other]) + NEARER)
     assert torch.equal(seen[0], seen[2]), "and the same plan again"
+
+
+def _fuse(pipe: Any) -> None:
+    pipe.unet.fuse_lora(lora_scale=6.0)
+
+
+def _reweigh(pipe: Any) -> None:
+    """The layers say the same before and after; what is in their weights is not."""
+    layers = [module for module in pipe.unet.modules() if hasattr(module, "scaling")]
+    pipe.unet.unfuse_lora()
+    for factor in (1 / 6, 6.0):
+        for layer in layers:
+            layer.scaling = {name: scale * factor for name, scale in layer.scaling.items()}
+        if factor < 1:
+            pipe.unet.fuse_lora()
+
+
+def _reload(pipe: Any) -> None:
+    """Another LoRA under the name of the first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it was active
+        for layer in [module for module in pipe.unet.modules() if hasattr(module, "lora_A")]:
+            layer.delete_adapter("one")
+    _adapt(pipe, "one", ["unet"])
+    pipe.unet.set_adapters(["one"])
+
+
+def _reschedule(pipe: Any) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+
+def _invert(pipe: Any) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    pipe.load_textual_inversion(torch.randn(width, generator=seeded(9)), token="<horse>")
+
+
+def _replace_unet(pipe: Any) -> None:
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+
+
+def _runs(pipe: Any) -> torch.Tensor:
+    """What the components give on one input, which must be what a call would take."""
+    text = torch.cat(pipe.encode_prompt("a photo of <horse>", torch.device("cpu"), 1, True))
+    sample = torch.randn(2, 4, 4, 4, generator=seeded(1))
+    with torch.no_grad():
+        output: torch.Tensor = pipe.unet(sample, 500, text).sample
+    return output
+
+
+def test_what_else_changes_beside_adapters(adapted: StableDiffusionPipeline) -> None:
+    """Only merged weights are kept from one call to the next, and only while nothing that they were made of changes."""
+    adapted.unet.set_adapters(["one"])
+    pipe = SecurePipeline.from_pipe(adapted, backend="plain")
+    taken = pipe._prepared(Request.of(arguments())).pipe
+    found, digest = _runs(taken), pipe._planner._weights(taken)
+    for change in (_reload, _invert, _fuse, _reweigh, _replace_unet, _replace_unet):
+        change(pipe)
+        _reschedule(pipe)
+        taken, before = pipe._prepared(Request.of(arguments())).pipe, (found, digest)
+        assert taken.scheduler is pipe.scheduler
+        found, exact, digest = _runs(taken), _runs(pipe), pipe._planner._weights(taken)
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(found, before[0], rtol=1e-2, atol=1e-3), change.__name__
+        assert digest != before[1], f"the plan from before {change.__name__}"
 
 
 # ---- the safety checker ------------------------------------------------------------------------------------

@@ -187,6 +187,35 @@ def test_what_is_not_offered_is_one_sentence(
         client(**{"prompt": PROMPT, **given})
 
 
+@pytest.mark.parametrize(
+    ("configured", "said"),
+    [
+        ({"timestep_spacing": "trailing"}, "timestep_spacing='leading' in place of 'trailing'; configure"),
+        (
+            {"clip_sample": True, "prediction_type": "sample"},
+            "clip_sample=False in place of True, prediction",
+        ),
+    ],
+)
+def test_a_scheduler_configured_otherwise_is_not_offered(
+    model: ModelToShare, configured: dict[str, Any], said: str
+) -> None:
+    client = opened(model)
+    client.scheduler = type(client.scheduler).from_config(client.scheduler.config, **configured)
+    with pytest.raises(JobError, match=said):
+        client(PROMPT)
+    client.scheduler = pipeline_of(described(model)).scheduler
+    assert client.plans()["unet"].digest() == model.offers[0]["parts"]["unet"]
+
+
+def test_an_offer_without_a_configuration_is_not_guessed_at(model: ModelToShare) -> None:
+    offers = [{**offer, "settings": {**offer["settings"]}} for offer in model.offers]
+    for offer in offers:
+        del offer["settings"]["configured"]  # as an earlier release wrote it
+    with pytest.raises(JobError, match="without its scheduler's configuration"):
+        opened(replace(model, offers=offers)).plans()
+
+
 def test_what_the_owner_decides(tmp_path: Path) -> None:
     for given, said in (
         ({"secret": "inputs+weights"}, "decides on secret"),

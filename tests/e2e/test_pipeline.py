@@ -147,6 +147,68 @@ def test_half_precision_folders_are_widened(folder: Path, tmp_path: Path) -> Non
     assert off(found, pipe.plain(**given, generator=seeded()).images) < CLOSE
 
 
+def test_an_estimate_leaves_no_trace(pipe: SecurePipeline) -> None:
+    pipe(**arguments(), generator=seeded())
+    left, theirs = pipe.last_shares, seeded()
+    given = arguments(cross_attention_kwargs={"scale": 1.0})
+    before = torch.get_rng_state(), theirs.get_state()
+    pipe.interrupt = True  # as a callback of the last run may have left it
+    try:
+        reports = [pipe.estimate(**given, generator=drawn) for drawn in (None, [theirs])]
+        pipe.plans(**given, generator=theirs)
+        assert pipe.interrupt
+    finally:
+        pipe.interrupt = False
+    assert [len(report.steps) for report in reports] == [STEPS] * 2
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(theirs.get_state(), before[1])
+    assert pipe.last_shares is left
+    assert pipe.last_share is left[0]
+    assert pipe.cross_attention_kwargs is None
+
+
+def own_embeddings(folder: Path, tokens: int) -> dict[str, Tensor]:
+    """Texts of the caller's encoder, cut or repeated along the tokens."""
+    encoder = opened(folder)
+    with torch.no_grad():
+        both = encoder.encode_prompt("a small dress", torch.device("cpu"), 1, True)
+    fitted = [made.repeat(1, 2, 1)[:, :tokens] for made in both]
+    return dict(zip(("prompt_embeds", "negative_prompt_embeds"), fitted, strict=True))
+
+
+def test_embeddings_of_any_length(folder: Path) -> None:
+    pipe = opened(folder, backend="plain")
+    for tokens in (5, 24):  # the tokenizer's are 16
+        given = arguments(prompt=None, num_inference_steps=1, **own_embeddings(folder, tokens))
+        expected = pipe.plain(**given, generator=seeded()).images
+        assert off(pipe(**given, generator=seeded()).images, expected) < CLOSE
+
+
+def test_without_a_text_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be measured on prompts of ours, and those of the caller are secret."""
+    given = arguments(prompt=None, num_inference_steps=1, **own_embeddings(folder, 16))
+    ranges = opened(folder).plan(**given).calibration
+    bare = opened(folder, backend="plain", text_encoder=None, calibration=ranges)
+    expected = bare.plain(**given, generator=seeded()).images
+    assert off(bare(**given, generator=seeded()).images, expected) < CLOSE
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("sfumato.diffusion.pipeline.open_backend", never)
+    with pytest.raises(JobError, match="no text encoder to measure ranges with"):
+        opened(folder, backend="plain", text_encoder=None)(**given)
+    bare.scheduler = type(bare.scheduler).from_config(bare.scheduler.config, clip_sample=True)
+    with pytest.raises(JobError, match="the ranges of the scheduler's clamp"):
+        bare(**given)
+
+
+def test_ranges_are_those_of_the_layer_that_clip_skip_names(folder: Path) -> None:
+    pipe, given = opened(folder, backend="plain"), arguments(num_inference_steps=1, guidance_scale=1.0)
+    known = pipe.plan(**given).calibration.to_json()
+    assert pipe.plan(**given, clip_skip=1).calibration.to_json() != known
+
+
 def test_calibration_is_kept(pipe: SecurePipeline, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = pipe.plan(**arguments())
 
@@ -237,3 +299,6 @@ def test_ranges_from_prompts_of_the_caller(folder: Path) -> None:
     assert "a coat" not in asked  # they come from the disk
     with pytest.raises(JobError, match="give at least one"):
         planned([])
+    for wrong in ("a coat", ["a coat", 3]):
+        with pytest.raises(JobError, match="calibration must be a list of prompts"):
+            planned(wrong)

@@ -20,12 +20,14 @@ from processes import call, check, children, family, is_running, leaders, put, s
 from sfumato.errors import JobError, LinkError, ProtocolError, SfumatoError
 from sfumato.link.identity import Credentials, dial, party_identity
 from sfumato.runtime.authority import add_member, init_cluster
+from sfumato.runtime.cluster import Limits
 from sfumato.runtime.control import ControlConnection, ask
 from sfumato.runtime.local import LocalCluster
 from sfumato.runtime.places import Places, new_run
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(90)]
 CLIENTS = ("alice", "bob", "carol")
+PATIENT = Limits(connect_s=15.0, stall_s=30.0, idle_s=30.0)
 SETTINGS = "[sessions]\nat_once = 2\nqueued = 3\nper_client = 2\n"
 
 
@@ -98,6 +100,32 @@ def test_a_wait_has_its_end(cluster: LocalCluster) -> None:
     ):
         cluster.session(client="bob", wait_s=0.3)
     idle(cluster)
+
+
+def test_a_session_has_its_end_also_in_the_middle_of_a_computation() -> None:
+    with start(settings="[sessions]\nat_once = 1\nlongest_s = 1\n", limits=PATIENT) as cluster:
+        with cluster.session() as session:
+            put(session)
+            with pytest.raises(JobError, match="lets a session run for 1 s, and this one has; begin another"):
+                session.send(call("stop/2"))  # party 2 says nothing any more, the others wait for it
+
+        def busy() -> None:
+            with cluster.session() as session:
+                while True:
+                    put(session)
+
+        with pytest.raises(JobError, match="lets a session run for 1 s"):
+            busy()
+        idle(cluster)
+
+
+def test_a_session_that_takes_too_much_memory_ends_alone() -> None:
+    with start(settings="[sessions]\nsession_mb = 700\n") as cluster:
+        with cluster.session() as other, cluster.session() as session:
+            with pytest.raises(JobError, match=r"party \d has no memory left for this session"):
+                put(session, count=60_000_000)
+            check(other)
+        works(cluster)
 
 
 def test_full_queues_say_so_and_those_who_leave_make_room(cluster: LocalCluster) -> None:

@@ -175,6 +175,8 @@ def test_stalled_party_ends_the_run_in_bounded_time(fresh: LocalCluster) -> None
         with pytest.raises(LinkError, match=r"party \d.*sent nothing for .*step/0"):
             session.send(call("stop/2"))
         assert time.monotonic() - begun < 10
+    wait_for(lambda: status(fresh, 2)["running"] == 0)
+    assert "lost the process" not in fresh.log_text(2)  # its client had left, and it was ended for that
 
 
 def test_a_party_that_does_not_start_shows_its_last_words() -> None:

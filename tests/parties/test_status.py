@@ -55,7 +55,7 @@ def test_status_of_three_parties_and_of_two(cluster: LocalCluster, monkeypatch: 
     assert shown.exit_code == 1
     assert shown.stdout.count(" ready ") == 2
     assert "not reachable" in shown.stdout
-    assert "party 1: party 1 (127.0.0.2" in shown.stdout
+    assert "\nparty 1 (127.0.0.2" in shown.stdout
 
 
 def test_a_certificate_that_ends_soon_is_told(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:

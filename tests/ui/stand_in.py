@@ -29,7 +29,8 @@ class Pipe:
     """Steps when `go` is set; draws a picture that depends on the seed."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.calls, self.closed, self.interrupt = settings, 0, False, False
+        self.settings, self.calls, self.closed = settings, 0, False
+        self.num_timesteps = settings.steps
         self.go = threading.Event()
         self.go.set()
         self.last_shares: tuple[torch.Tensor, ...] = ()
@@ -50,12 +51,10 @@ class Pipe:
             raise RuntimeError("the words were: broken")
         if prompt == "refused":
             raise JobError("this model takes no such size")
-        self.interrupt = False
+        self.num_timesteps = num_inference_steps
         for k in range(num_inference_steps):
             assert self.go.wait(30)
             callback_on_step_end(self, k, None, {})
-            if self.interrupt:
-                break
         picture = torch.rand((8, 8), generator=generator).numpy()
         words = np.random.default_rng(self.calls).integers(-(2**63), 2**63, (3, 1, 4, 8, 8))
         self.last_shares = tuple(torch.from_numpy(words))

@@ -15,8 +15,9 @@ from stand_in import Pipe, StandInStudio, report
 
 from sfumato.diffusion.seen import Block
 from sfumato.errors import CaptureError, JobError, LinkError
+from sfumato.runtime.backend import Backend
 from sfumato.ui.figures import bars_of, png_of
-from sfumato.ui.jobs import Run, Session
+from sfumato.ui.jobs import Run, Session, Studio
 from sfumato.ui.settings import FieldError, Settings, problem_of
 
 GOOD = ("a seven", "embedded", 4, 4.0, "public", 0, None, "")
@@ -147,6 +148,55 @@ def test_cancel_ends_a_run_that_waits_or_draws(waiting: bool) -> None:
     assert over(studio.start(Settings(steps=1), session)).drawn is not None
 
 
+@pytest.mark.parametrize("backend", ["simulate", pytest.param("local", marks=pytest.mark.processes)])
+def test_a_cancelled_run_opens_nothing_and_the_next_draws(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    reveal, stepped = Backend.reveal, Run.stepped
+
+    def watched(self: Backend, handle: str, **given: Any) -> Any:
+        opened.append(handle)
+        return reveal(self, handle, **given)
+
+    def cancelling(run: Run, *given: Any) -> Any:
+        run.cancel()
+        return stepped(run, *given)
+
+    monkeypatch.setattr(Backend, "reveal", watched)
+    studio, session = Studio(backend=backend), Session()
+    settings = Settings(prompt="a seven", steps=2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "stepped", cancelling)
+            assert over(studio.start(settings, session)).cancelled
+        assert opened == []
+        (pipe,) = studio._pipes.values()
+        processes = pipe._parties.process_ids
+        assert over(studio.start(settings, session)).drawn is not None
+        assert opened != []
+        assert pipe._parties.process_ids == processes
+    finally:
+        studio.close()
+
+
+def test_after_the_last_step_it_is_too_late_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped, phases = Run.stepped, list[str]()
+
+    def late(run: Run, pipe: Any, step: int, *given: Any) -> Any:
+        found = stepped(run, pipe, step, *given)
+        if step == 1:
+            run.cancel()
+            phases.append(run.progress().phase)
+        return found
+
+    monkeypatch.setattr(Run, "stepped", late)
+    run = over(StandInStudio().start(Settings(steps=2), Session()))
+    assert phases == ["opening"]
+    assert run.drawn is not None
+    assert not run.cancelled
+
+
 @pytest.mark.parametrize(
     ("prompt", "field", "sentence"),
     [
@@ -191,7 +241,17 @@ def test_progress_knows_the_time_left() -> None:
     run.stepped(pipe, 2, None, {})
     run.stepped(pipe, 3, None, {})
     assert run.progress().phase == "opening"
-    assert not pipe.interrupt
+
+
+def test_progress_counts_the_schedulers_own_steps() -> None:
+    run = Run(Settings(steps=2))
+    pipe = Pipe(run.settings)
+    pipe.num_timesteps = 3  # as PNDM has them
+    run.stepped(pipe, 0, None, {})
+    run.stepped(pipe, 1, None, {})
+    assert (run.progress().phase, run.progress().steps) == ("drawing", 3)
+    run.stepped(pipe, 2, None, {})
+    assert run.progress().phase == "opening"
 
 
 def test_sessions_are_apart_and_bounded() -> None:
@@ -202,6 +262,19 @@ def test_sessions_are_apart_and_bounded() -> None:
     for k in range(70):
         studio.session(f"{k}")
     assert studio.session("first") is not first
+
+
+def test_a_browser_that_draws_is_not_forgotten() -> None:
+    studio = StandInStudio()
+    studio.hold()
+    drawing, idle = studio.session("drawing"), studio.session("idle")
+    run = studio.start(Settings(steps=1), drawing)
+    for k in range(70):
+        studio.session(f"{k}")
+    assert studio.session("drawing") is drawing
+    assert studio.session("idle") is not idle
+    studio.release()
+    assert over(run).drawn is drawing.history[0]
 
 
 def test_bars_name_the_blocks_in_words() -> None:

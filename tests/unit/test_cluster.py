@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -153,6 +154,64 @@ def identity(folder: Path) -> tuple[str, bytes]:
     return names.get_values_for_type(x509.UniformResourceIdentifier)[0], certificate.fingerprint(
         hashes.SHA256()
     )
+
+
+@pytest.mark.parametrize("at", range(1, 40, 6))
+def test_a_stop_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    calls, real = 0, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        init_cluster(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_member_or_a_renewal_that_stops_half_way_leaves_no_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_cluster(tmp_path / "c")
+    before = sorted(tmp_path.rglob("*"))
+    real, calls = os.replace, 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for stops in (lambda: renew_cluster(tmp_path / "c"), lambda: add_member(tmp_path / "c", client="late")):
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            stops()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_keys_are_on_the_disk_before_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync, replace = set[int](), os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source: Path, target: Path) -> None:
+        assert all(path.stat().st_ino in synced for path in [source, *source.rglob("*")] if path.is_file())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    init_cluster(tmp_path / "c")
+    assert {path.stat().st_ino for path in [tmp_path, *(tmp_path / "c").iterdir()] if path.is_dir()} <= synced
 
 
 def test_renewal_keeps_who_is_who_and_what_is_stored(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sfumato.errors import JobError
-from sfumato.runtime.jobs import JobQueue, Ticket
+from sfumato.runtime.jobs import JobQueue, NoPlace, Ticket
+from sfumato.runtime.telemetry import REASONS
 
 
 def names(tickets: list[Ticket]) -> list[str]:
@@ -39,6 +40,38 @@ def test_clients_take_turns_however_many_sessions_each_has() -> None:
     waiting = [queue.enter("greedy") for _ in range(4)]
     waiting += [queue.enter("b"), queue.enter("c"), queue.enter("b")]
     assert drained(queue, [first], waiting) == ["greedy", "b", "c", "greedy", "b", "greedy", "greedy"]
+
+
+def test_who_runs_nothing_goes_before_who_does() -> None:
+    queue = JobQueue(2, 100, 100)
+    first, second = queue.enter("greedy"), queue.enter("greedy")
+    waiting = [queue.enter("greedy"), queue.enter("greedy"), queue.enter("b"), queue.enter("c")]
+    assert [ticket.position for ticket in waiting] == [3, 4, 1, 2]
+    queue.leave(first)
+    assert names(waiting) == ["b"]
+    queue.leave(waiting[2])
+    assert names(waiting) == ["c"]
+    queue.leave(waiting[3])
+    assert names(waiting) == ["greedy"]  # nobody else waits
+    queue.leave(second)
+    assert queue.running == 2
+
+
+def test_each_refusal_says_which_it_is() -> None:
+    queue = JobQueue(1, 2, 1)
+    queue.enter("a")
+    queue.enter("a")
+    queue.enter("b")
+    found = []
+    for client in ("a", "c"):
+        with pytest.raises(NoPlace) as refused:
+            queue.enter(client)
+        found.append(refused.value.word)
+    queue.close()
+    with pytest.raises(NoPlace) as refused:
+        queue.enter("c")
+    assert [*found, refused.value.word] == ["limit", "busy", "stopping"]
+    assert {*found, refused.value.word} <= REASONS
 
 
 def test_one_client_is_served_in_order() -> None:

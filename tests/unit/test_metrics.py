@@ -235,9 +235,9 @@ def test_ready_is_only_what_says_so(server: OperationsServer, health: Health, st
 
 
 def test_health_shows_numbers_and_fixed_words_only(server: OperationsServer, health: Health) -> None:
-    health.now = {"ready": True, "store": PROMPT, PROMPT: 1, "reason": "storage"}
+    health.now = {"ready": True, "store": PROMPT, PROMPT: 1, "reason": "deadline"}
     body = get(server, "/readyz")[2]
-    assert json.loads(body) == {"ready": True, "reason": "storage", "dropped": 2}
+    assert json.loads(body) == {"ready": True, "reason": "deadline", "dropped": 2}
 
 
 def test_head_has_no_body_and_no_banner(server: OperationsServer) -> None:

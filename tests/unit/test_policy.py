@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +24,21 @@ from sfumato.errors import InsecureError, JobError, ProtocolError
 from sfumato.graph.certificate import watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.link.memory import memory_links
-from sfumato.runtime import handles, machine
+from sfumato.runtime import handles, machine, sharing
 from sfumato.runtime.backend import Term
 from sfumato.runtime.commands import Call, Certify, Command, Drop, Load, Put, Reveal, WeightsSpec
 from sfumato.runtime.machine import make_machine
-from sfumato.runtime.policy import OPEN, Approval, Closure, Host, Part, after_own, check_offers, opens
+from sfumato.runtime.policy import (
+    OPEN,
+    Approval,
+    Closure,
+    Host,
+    ModelId,
+    Part,
+    after_own,
+    check_offers,
+    opens,
+)
 from sfumato.runtime.shared_model import Description
 from sfumato.runtime.store import ModelStore
 
@@ -364,6 +375,36 @@ def test_another_owners_part_does_not_open_a_value(tmp_path: Path) -> None:
     attack.refused("z")
 
 
+@pytest.mark.parametrize("name", ["evil", "house"])
+def test_an_owner_that_picks_anothers_share_id_gets_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Share ids are told to clients: neither values nor weights of a session go by them alone."""
+    at = shared.stores(tmp_path)
+    shared.share(at, MODEL)
+    attack = Attack(at)  # has loaded the weights, holds a closed value
+    chosen = attack.description.share_id
+    monkeypatch.setattr(sharing, "secrets", SimpleNamespace(token_hex=lambda count: chosen))
+    mine = shared.planned(shared.chain(9))
+    kinds = [[plan.secret_type(weight) for weight in weight_names(plan)] for plan in (FIRST, mine)]
+    assert kinds[0] == kinds[1]  # as an attacker would choose them
+    offers = [{"settings": {}, "parts": {"model": mine.digest()}, "reveal": ["model"]}]
+    evil = shared.a_model(name, plans={mine.digest(): mine}, offers=offers)
+    if name == "evil":
+        with pytest.raises(JobError, match="has a model with this share id; share yours again"):
+            shared.share(at, evil, shared.OTHER_OWNER)
+    for store in at:
+        store.remove("house", shared.OWNER)  # the session goes on with what it has loaded
+    shared.share(at, evil, shared.OTHER_OWNER)
+    described = attack.session.describe(name)
+    assert described.share_id == chosen
+    attack.session.load_shared("evil", described, mine.digest())
+    attack.run("evil", "x", "own")
+    assert float((attack.opened("own") - plain(9)).abs().max()) < 1e-3  # its weights, not the victim's
+    attack.run("evil", "hidden", "y")
+    attack.refused("y")
+
+
 def test_parties_that_run_approved_programs_only_refuse_a_clients_plan(at: list[ModelStore]) -> None:
     with shared.Parties(at, programs="approved") as session:
         for form in ("public", "stored"):
@@ -396,8 +437,8 @@ def test_a_client_chooses_neither_its_name_nor_the_store_nor_a_protocol_without_
 
 
 def test_labels() -> None:
-    mine, other = Closure("m", "1"), Closure("n", "2")
-    opening, closing = Part("m", "1", True), Part("m", "1", False)
+    mine, other = Closure(ModelId("o", "m", "1")), Closure(ModelId("o", "n", "2"))
+    opening, closing = Part(mine.model, True), Part(mine.model, False)
     assert opening.after([OPEN, OPEN]) == OPEN
     assert closing.after([OPEN]) == {mine}
     assert opening.after([frozenset({mine})]) == OPEN
@@ -405,7 +446,12 @@ def test_labels() -> None:
     assert opening.after([after_own([frozenset({mine})])]) == {replace(mine, foreign=True)}
     assert closing.judged([frozenset({mine})]) == OPEN
     assert closing.judged([frozenset({other})]) == {replace(other, foreign=True)}
-    assert Part("m", "3", True).after([frozenset({mine})]) == {replace(mine, foreign=True)}  # an older share
+    for other_id in (
+        mine.model._replace(share_id="3"),
+        mine.model._replace(name="n"),
+        mine.model._replace(owner="p"),
+    ):
+        assert Part(other_id, True).after([frozenset({mine})]) == {replace(mine, foreign=True)}
     assert after_own([OPEN]) == OPEN
 
 

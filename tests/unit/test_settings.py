@@ -16,6 +16,8 @@ at_once = 3
 queued = 10
 per_client = 4
 wait_s = 60
+longest_s = 90.5
+session_mb = 4096
 [accept]
 programs = "approved"
 revoked = ["{PRINT}"]
@@ -31,6 +33,7 @@ key = "keys/storage.key"
 def test_defaults_without_a_file(tmp_path: Path) -> None:
     settings = PartySettings.load(tmp_path)
     assert (settings.at_once, settings.queued, settings.per_client, settings.wait_s) == (2, 64, 16, 3600.0)
+    assert (settings.longest_s, settings.session_mb) == (21600.0, 0)
     assert (settings.programs, settings.revoked) == ("any", frozenset())
     assert (settings.operations_host, settings.operations_port) == ("127.0.0.1", 0)
     assert (settings.storage_folder, settings.storage_key) == (tmp_path / "store", tmp_path / "storage.key")
@@ -43,6 +46,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         queued=10,
         per_client=4,
         wait_s=60.0,
+        longest_s=90.5,
+        session_mb=4096,
         programs="approved",
         revoked=frozenset({PRINT}),
         operations_host="0.0.0.0",
@@ -57,6 +62,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     [
         ("at_once = 3", "at_once = 0", "at_once must be a whole number from 1 to 64."),
         ("at_once = 3", "at_once = true", "at_once must be a whole number from 1 to 64."),
+        ("longest_s = 90.5", "longest_s = -1", "longest_s must be a number from 0 to 604800."),
+        ("session_mb = 4096", "session_mb = 1.5", "session_mb must be a whole number from 0 to 999999."),
         ("at_once = 3", "at_onec = 3", "Unknown key 'at_onec' in [sessions]."),
         ("queued = 10", "queued = -1", "queued must be a whole number from 0"),
         ("wait_s = 60", 'wait_s = "60"', "wait_s must be a number from 0"),

@@ -10,7 +10,9 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import shared_parties as shared
 from sfumato.errors import JobError
 from sfumato.graph.plan import load_side
 from sfumato.ring.fixed import encode
-from sfumato.runtime import sealed
+from sfumato.runtime import sealed, weights
 from sfumato.runtime.store import ModelStore
 from sfumato.runtime.wire import tensor_bytes
 from sfumato.types import Z64
@@ -44,7 +46,7 @@ def store(tmp_path: Path) -> ModelStore:
 def kept(
     store: ModelStore, name: str = "m", parts: list[bytes] | None = None, owner: str = shared.OWNER
 ) -> None:
-    with store.draft(name, owner, SHARE, replace=True) as draft:
+    with store.draft(name, owner, os.urandom(16).hex(), replace=True) as draft:
         for item, data in enumerate(parts or [b"x" * 100]):
             draft.seal(item, [data])
         draft.commit(TERMS)
@@ -112,6 +114,8 @@ def used(at: list[ModelStore]) -> None:
 @pytest.mark.parametrize("party", range(3))
 def test_any_changed_byte_is_noticed(three: list[ModelStore], party: int) -> None:
     used(three)
+    # Of a manifest that is no JSON any more nobody knows for whom the model is.
+    noticed = rf"'house' at party {party} (.*share it again|that this client may use)"
     source = random.Random(party)
     for path in files(three[party]):
         if path.name == ".lock":
@@ -125,16 +129,16 @@ def test_any_changed_byte_is_noticed(three: list[ModelStore], party: int) -> Non
             changed = bytearray(data)
             changed[place] ^= 1 << source.randrange(8)
             path.write_bytes(changed)
-            with pytest.raises(JobError, match=rf"'house' at party {party} .*share it again"):
+            with pytest.raises(JobError, match=noticed):
                 used(three)
         for changed in (data[:-1], data + b"\0", b""):
             path.write_bytes(changed)
             if path.name == "public.safetensors" and changed == data + b"\0":
                 continue  # a tail that no tensor reads
-            with pytest.raises(JobError, match=rf"'house' at party {party} .*share it again"):
+            with pytest.raises(JobError, match=noticed):
                 used(three)
         path.unlink()
-        with pytest.raises(JobError, match=rf"'house' at party {party} .*share it again"):
+        with pytest.raises(JobError, match=noticed):
             used(three)
         path.write_bytes(data)
     used(three)
@@ -324,6 +328,93 @@ def test_a_replacement_that_did_not_end_is_undone_or_finished(store: ModelStore)
     shutil.copytree(store.folder / "m", store.folder / ".old-m")
     store.sweep()
     assert [path.name for path in store.folder.iterdir() if path.name != ".lock"] == ["m"]
+
+
+def test_a_name_stays_its_owners_while_its_replacement_has_not_come_to_its_end(store: ModelStore) -> None:
+    kept(store, parts=[b"old"])
+    with store.draft("n", shared.OTHER_OWNER, SHARE) as draft:
+        draft.name = "m"
+        (store.folder / "m").rename(
+            store.folder / ".old-m"
+        )  # another writer was killed between its two renames
+        with pytest.raises(JobError, match="'m' is taken"):
+            draft.commit(TERMS)
+    assert store.open("m", shared.CLIENT_A).unsealed(0) == b"old"
+
+
+def test_a_share_id_is_taken_once(store: ModelStore) -> None:
+    with (
+        store.draft("m", shared.OWNER, SHARE) as first,
+        store.draft("n", shared.OTHER_OWNER, SHARE) as second,
+    ):
+        first.commit(TERMS)
+        with pytest.raises(JobError, match="has a model with this share id; share yours again"):
+            second.commit(TERMS)
+    for name, owner in (("m", shared.OWNER), ("n", shared.OTHER_OWNER)):  # its own owner neither
+        with pytest.raises(JobError, match="has a model with this share id"):
+            store.draft(name, owner, SHARE, replace=True)
+    assert [entry.name for entry in store.models()] == ["m"]
+
+
+def test_a_list_is_whole_while_a_model_is_replaced(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept(store)
+    (store.folder / "m" / "gone").symlink_to(store.folder)
+    real, tries = Path.read_bytes, list[Path]()
+
+    def read_bytes(path: Path) -> bytes:
+        tries.append(path)
+        if path.name == "manifest.json" and len(tries) == 2:
+            raise FileNotFoundError  # the old folder has gone, the new one is about to come
+        return real(path)
+
+    def stat(path: Path, **options: Any) -> Any:
+        if path.name == "gone":
+            raise FileNotFoundError
+        return os.stat(path, **options)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "stat", stat)
+    (entry,) = store.models()
+    assert (entry.name, entry.problem) == ("m", "")
+    assert entry.nbytes > 100
+
+
+def test_a_damaged_model_is_named_to_those_alone_who_may_use_it(
+    store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with store.draft("m", shared.OWNER, SHARE) as draft:
+        draft.commit({**TERMS, "clients": [shared.CLIENT_A]})
+    manifest = store.folder / "m" / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged, told in ((whole[:-1] + b" }", "share it again"), (b"", "there is no model")):
+        manifest.write_bytes(damaged)
+        with pytest.raises(JobError, match=told):
+            store.open("m", shared.CLIENT_A)
+        caplog.clear()
+        with pytest.raises(JobError) as refused:
+            store.open("m", shared.CLIENT_B)
+        with pytest.raises(JobError) as absent:
+            store.open("n", shared.CLIENT_B)
+        assert str(refused.value) == str(absent.value).replace("'n'", "'m'")
+        assert "cannot be used: the model 'm'" in caplog.text
+
+
+def test_two_sessions_write_public_weights_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, real = threading.Barrier(2), weights.save_file
+
+    def save(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        both.wait(10)  # each has written before either goes on
+
+    monkeypatch.setattr(weights, "save_file", save)
+    values = (1.0, 2.0)
+    with ThreadPoolExecutor(2) as pool:
+        names = list(pool.map(lambda value: weights.stored(tmp_path, {"w": torch.full((4,), value)}), values))
+    for name, value in zip(names, values, strict=True):
+        assert weights.opened(tmp_path, name, ["w"])["w"].tolist() == [value] * 4
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_files_are_on_the_disk_before_the_name_is(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ _BUDGET_S = 60.0
 _RUNS = 24
 _SAMPLES = 240
 _SHORTEST = 4
-_FORMAT = 6
+_FORMAT = 7
 
 Sample = tuple[tuple[Tensor], dict[str, Any]]
 
@@ -201,11 +201,20 @@ def _trajectory(
 
 
 def _text(pipe: Any, prepared: Prepared, prompts: Sequence[str], run: int) -> Tensor:
-    """Embeddings of the ``run``-th group of prompts."""
+    """Embeddings of the ``run``-th group of prompts, as many tokens as those of the call."""
     group = [prompts[(run * prepared.batch + i) % len(prompts)] for i in range(prepared.batch)]
-    embeds, negative = pipe.encode_prompt(group, torch.device("cpu"), 1, prepared.guided)
+    embeds, negative = pipe.encode_prompt(
+        group, torch.device("cpu"), 1, prepared.guided, clip_skip=_clip_skip(prepared)
+    )
     text: Tensor = torch.cat([negative, embeds]) if prepared.guided else embeds
-    return text.detach()
+    # Embeddings of the caller's own may have another length than the tokenizer's.
+    tokens = prepared.embeds.shape[1]
+    return text.repeat(1, -(-tokens // text.shape[1]), 1)[:, :tokens].detach()
+
+
+def _clip_skip(prepared: Prepared) -> int | None:
+    """Layers that the call leaves out at the end of the text encoder; it does not reach the caller's embeddings."""
+    return None if prepared.request.prompt is None else prepared.request.clip_skip
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------
@@ -242,7 +251,9 @@ def _of_denoising(prepared: Prepared) -> dict[str, Any]:
     schedule, picture = prepared.schedule, prepared.picture
     return {
         "shape": list(prepared.latents.shape),
-        "guidance": prepared.request.guidance_scale
+        "embeds": list(prepared.embeds.shape),
+        "clip_skip": _clip_skip(prepared),
+        "guidance": float(prepared.request.guidance_scale)
         if prepared.guided or prepared.condition is not None
         else None,
         "steps": [asdict(step) for step in schedule.steps],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -25,7 +27,9 @@ from sfumato.runtime.sharing import ModelToShare
 if TYPE_CHECKING:
     from sfumato.diffusion.pipeline import SecurePipeline
 
-__all__ = ["OPENED", "Terms", "asked", "lessons", "offered", "stored_bytes"]
+__all__ = [
+    "OPENED", "Terms", "asked", "configuration", "configuration_file", "lessons", "offered", "stored_bytes",
+]  # fmt: skip
 
 #: What the client may see opened.
 OPENED = ("image", "latents")
@@ -74,7 +78,25 @@ def asked(pipe: Any, request: Request) -> Settings:
         height=height,
         width=width,
         images=request.num_images_per_prompt,
+        configured=hashlib.blake2b(configuration(pipe.scheduler), digest_size=16).hexdigest(),
     )
+
+
+def configuration(scheduler: Any) -> bytes:
+    """The values that a scheduler was made with, as JSON. What a configuration carries along for other classes is left
+    out."""
+    names, config = inspect.signature(type(scheduler).__init__).parameters, scheduler.config
+    values = {name: config[name] for name in names if name in config}
+    return json.dumps(values, default=_plain, indent=1, sort_keys=True).encode()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def configuration_file(scheduler: str) -> str:
+    """Where the configuration of an offered scheduler, by its class, is among the clients' files."""
+    return f"schedulers/{scheduler}.json"
 
 
 def offered(pipe: SecurePipeline, name: str, terms: Terms, *, replace: bool = False) -> ModelToShare:
@@ -104,6 +126,7 @@ def offered(pipe: SecurePipeline, name: str, terms: Terms, *, replace: bool = Fa
         pipe.scheduler = schedulers[0]
         # Adapters merged, as in the plans: a component saved beside them would reach clients without its own weights.
         files = _files(merged(pipe._pipe, 1.0), [c for c, part in WEIGHED.items() if part in digests])
+        files |= {configuration_file(type(s).__name__): configuration(s) for s in schedulers}
     finally:
         pipe.scheduler = own
     return ModelToShare(
@@ -139,6 +162,8 @@ def _files(pipe: Any, hidden: Sequence[str]) -> dict[str, bytes]:
                 component.save_config(folder / name)
             elif name in hidden:
                 component.config.save_pretrained(folder / name)
+            elif name == "scheduler":
+                _save_scheduler(component, folder / name)
             else:
                 component.save_pretrained(folder / name)
         return {
@@ -146,6 +171,16 @@ def _files(pipe: Any, hidden: Sequence[str]) -> dict[str, bytes]:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+
+
+def _save_scheduler(scheduler: Any, folder: Path) -> None:
+    """Without the values that were its class's own defaults: another scheduler that is made from this one takes its own
+    for them, at the client as at the owner."""
+    scheduler.save_pretrained(folder)
+    path = folder / type(scheduler).config_name
+    defaults = scheduler.config.get("_use_default_values", ())
+    kept = {k: v for k, v in json.loads(path.read_bytes()).items() if k not in defaults}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _without_origin(path: Path) -> bytes:

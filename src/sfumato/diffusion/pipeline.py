@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sfumato.diffusion.adapters import adapter_state, merged
+from sfumato.diffusion.adapters import Kept, merged
 from sfumato.diffusion.loading import check_pipeline, load_pipeline
 from sfumato.diffusion.loop import Denoising
 from sfumato.diffusion.parties import KeptParties
@@ -98,7 +98,7 @@ class SecurePipeline(Surface):
         self.options = dict(options or {})
         self._hidden = frozenset() if secret == "inputs" else _AT_CLIENT - set(public_components)
         self._planner = Planner(secret=secret, profile=profile, calibration=calibration, hidden=self._hidden)
-        self._merged: tuple[Any, Any] = (None, None)
+        self._merged = Kept[dict[str, nn.Module]]()
         self._parties = KeptParties()
         weakref.finalize(self, self._parties.close)
         self._progress: dict[str, Any] = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -170,7 +170,8 @@ class SecurePipeline(Surface):
     def from_pipe(cls, pipe: Any, **options: Any) -> Self:
         """The same from a diffusers pipeline in memory, with its loaded LoRAs, textual inversions and safety checker.
 
-        The given pipeline stays as it is; float32 weights are shared with it, others are widened in copies.
+        The given pipeline stays as it is; float32 weights are shared with it, others are widened in copies. So what writes
+        into weights, such as ``fuse_lora`` on either, changes both.
 
         Raises:
             JobError: one sentence on what is not served.
@@ -283,9 +284,10 @@ class SecurePipeline(Surface):
     def estimate(self, prompt: str | list[str] = "", **arguments: Any) -> CostReport:
         """What a call with these arguments will cost, exactly: the same commands on shapes, without data.
 
-        Values of the client do not matter, only how many prompts and steps there are.
+        Values of the client do not matter, only how many prompts and steps there are. Nothing is drawn from a
+        generator of the caller's, or of torch's, and what the last call left behind stays.
         """
-        prepared = self._prepared(self._request.of({"prompt": prompt, **arguments}))
+        prepared = self._imagined(prompt, arguments)
         plans = self.plans_for(prepared)
         with open_backend("meta", options={**self.options}) as backend:
             return self._run(backend, plans, prepared, silent=True)[1]
@@ -297,7 +299,7 @@ class SecurePipeline(Surface):
     def plans(self, prompt: str | list[str] = "", **arguments: Any) -> dict[str, Plan]:
         """All plans of a call with these arguments: ``"unet"``, and with secret weights ``"text"`` and
         ``"vae"``."""
-        return self.plans_for(self._prepared(self._request.of({"prompt": prompt, **arguments})))
+        return self.plans_for(self._imagined(prompt, arguments))
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the progress bar (tqdm's): ``disable=True`` silences it."""
@@ -321,16 +323,14 @@ class SecurePipeline(Surface):
         return self._planner.plans(prepared, progress=not self._progress.get("disable"))
 
     def _prepared(self, request: Request) -> Prepared:
-        return prepare(self._adapted(request.lora_scale), request, encode="text_encoder" not in self._hidden)
+        pipe = merged(self._pipe, request.lora_scale, self._merged)
+        prepared = prepare(pipe, request, encode="text_encoder" not in self._hidden)
+        self._planner.check(prepared)
+        return prepared
 
-    def _adapted(self, scale: float) -> Any:
-        """The pipeline with its adapters merged, kept until one of them changes."""
-        state = adapter_state(self._pipe)
-        if not state:
-            return self._pipe
-        if self._merged[0] != (scale, state):
-            self._merged = ((scale, state), merged(self._pipe, scale))
-        return self._merged[1]
+    def _imagined(self, prompt: str | list[str], arguments: dict[str, Any]) -> Prepared:
+        """A call that does not take place."""
+        return self._prepared(self._request.of({"prompt": prompt, **arguments}).aside())
 
     def _opened(self) -> AbstractContextManager[Backend]:
         if self.backend == "local" and self.cluster is None:
@@ -340,7 +340,10 @@ class SecurePipeline(Surface):
     def _run(
         self, backend: Backend, plans: dict[str, Plan], prepared: Prepared, *, silent: bool = False
     ) -> tuple[Tensor, CostReport]:
-        """The image if there is a plan for its decoder, else the latents at the end; and the session's report."""
+        """The image if there is a plan for its decoder, else the latents at the end; and the session's report.
+
+        ``silent``: of an estimate, which leaves no trace in this object and does not listen to it.
+        """
         request, steps = prepared.request, prepared.schedule.timesteps
         for name, plan in plans.items():
             self._planner.load(backend, name, plan)
@@ -355,25 +358,32 @@ class SecurePipeline(Surface):
             embeds,
             prepared.condition,
             prepared.guidance,
-            None if silent else request.generator,
+            request.generator,
             prepared.picture,
         )
-        self._tell(prepared)
+        if not silent:
+            self._tell(prepared)
         steering = Steering(self, prepared, denoising, silent)
-        bar = tqdm(total=len(steps), **{"disable": silent, "delay": 2.0, **self._progress})
+        bar = tqdm(
+            total=len(steps), **{"delay": 2.0, **self._progress, **({"disable": True} if silent else {})}
+        )
 
         def observe(k: int, latents: Any) -> Tensor | None:
             bar.update()
             return steering.observe(k, latents)
 
+        def stop() -> bool:
+            return not silent and self.interrupt
+
         with bar:
             if "vae" in plans:
-                held = denoising.run_held(prepared.latents, observe, lambda: self.interrupt)
+                held = denoising.run_held(prepared.latents, observe, stop)
                 final = decoded(backend, plans["vae"], held, tuple(prepared.latents.shape))
             else:
-                final = denoising.run(prepared.latents, observe, lambda: self.interrupt)
-        self.last_shares = tuple(backend.last_components)
-        self.last_share = self.last_shares[0]
+                final = denoising.run(prepared.latents, observe, stop)
+        if not silent:
+            self.last_shares = tuple(backend.last_components)
+            self.last_share = self.last_shares[0]
         return final, backend.report(steps=denoising.seconds)
 
     def _tell(self, prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.diffusion.adapters import Kept
 from sfumato.diffusion.calibrate import (
     PROMPTS,
     Trajectories,
@@ -43,6 +44,11 @@ class Planner:
 
     def __init__(self, *, secret: str, profile: str, calibration: Any, hidden: frozenset[str]) -> None:
         self._secret, self._profile = secret, profile
+        entries = calibration if isinstance(calibration, list | tuple) else ()
+        if isinstance(calibration, str) or 0 < sum(isinstance(text, str) for text in entries) < len(entries):
+            raise JobError(
+                "calibration must be a list of prompts, calibration=['...', '...'], or measured ranges"
+            )
         prompts = isinstance(calibration, list | tuple) and all(isinstance(text, str) for text in calibration)
         if prompts and not calibration:
             raise JobError(
@@ -51,7 +57,38 @@ class Planner:
         self._prompts: tuple[str, ...] = tuple(calibration) if prompts else PROMPTS
         self._calibration, self._hidden = None if prompts else calibration, hidden
         self._plans: dict[str, Plan] = {}
-        self._digest: tuple[list[nn.Parameter], list[int], str] = ([], [], "")
+        self._digest = Kept[str]()
+
+    def check(self, prepared: Prepared) -> None:
+        """Refuse what cannot be measured: embeddings of our own prompts need a text encoder, and those of the caller
+        are secret where ranges are public.
+
+        Raises:
+            JobError: one sentence.
+        """
+        if prepared.pipe.text_encoder is not None:
+            return
+        if self._calibration is None:
+            raise JobError(
+                "this pipeline has no text encoder to measure ranges with; give ranges that were measured with one, "
+                "calibration=whole.plan(...).calibration"
+            )
+        beside = self._beside(prepared)
+        if beside:
+            raise JobError(
+                f"this pipeline has no text encoder to measure the ranges of {beside[0]} with; load it with one"
+            )
+
+    def _beside(self, prepared: Prepared) -> list[str]:
+        """What runs on shares after the U-Net, in words."""
+        picture, found = prepared.picture, []
+        if prepared.schedule.clip is not None:
+            found.append("the scheduler's clamp (clip_sample)")
+        if picture is not None and picture.mask is not None:
+            found.append("the blend with a picture")
+        if "vae" in self._hidden and prepared.request.output_type != "latent":
+            found.append("the image decoder")
+        return found
 
     def plans(self, prepared: Prepared, *, progress: bool = True) -> dict[str, Plan]:
         """By name, in the order of their use: ``text`` and ``vae`` only where they run under the protocol."""
@@ -62,26 +99,33 @@ class Planner:
         def measured() -> Trajectories:
             return trajectories(pipe, denoiser, prepared, self._prompts, progress=progress)
 
+        weights = self._weights(pipe)
+
+        def file(part: str) -> Path:
+            return cache_file(weights, prepared, self._profile, self._secret, part, self._prompts)
+
         made: dict[str, Plan] = {}
         if prepared.ids is not None:
-            made["text"] = self._text(prepared)
-        made["unet"] = self._unet(prepared, denoiser, lambda: measured().samples)
+            made["text"] = self._text(prepared, file("text"))
+        made["unet"] = self._unet(prepared, file, denoiser, lambda: measured().samples)
         if prepared.schedule.clip is not None:
             clamp = Clamp(*prepared.schedule.clip)
-            made["clip"] = self._small(prepared, "clip", clamp, lambda: measured().clips)
+            made["clip"] = self._small(prepared, file("clip"), clamp, lambda: measured().clips)
         if prepared.picture is not None and prepared.picture.mask is not None:
             made["blend"] = self._small(
-                prepared, "blend", Blend(), lambda: measured().blends, prepared.picture.mask
+                prepared, file("blend"), Blend(), lambda: measured().blends, prepared.picture.mask
             )
         if "vae" in self._hidden and prepared.request.output_type != "latent":
-            made["vae"] = self._vae(prepared, lambda: decoder_samples(prepared.pipe.vae, measured().finals))
+            made["vae"] = self._vae(
+                prepared, file("vae"), lambda: decoder_samples(pipe.vae, measured().finals)
+            )
         return made
 
     def load(self, backend: Backend, name: str, plan: Plan) -> None:
         """Give the parties one of these plans and its weights."""
         backend.load(name, plan)
 
-    def _text(self, prepared: Prepared) -> Plan:
+    def _text(self, prepared: Prepared, cached: Path) -> Plan:
         request, ids = prepared.request, prepared.ids
         assert ids is not None
         module = TextEncoder(
@@ -92,12 +136,18 @@ class Planner:
         )
         both = prepared.guided and request.clip_skip is not None
         return self._made(
-            self._file(prepared, "text"),
+            cached,
             lambda: capture(module.eval(), (torch.zeros_like(ids),)),
             lambda: text_samples(prepared.pipe, self._prompts, ids.shape[0], both=both),
         )
 
-    def _unet(self, prepared: Prepared, denoiser: nn.Module, samples: Callable[[], Any]) -> Plan:
+    def _unet(
+        self,
+        prepared: Prepared,
+        file: Callable[[str], Path],
+        denoiser: nn.Module,
+        samples: Callable[[], Any],
+    ) -> Plan:
         first = call_kwargs(
             prepared.schedule.timesteps[0],
             torch.zeros_like(prepared.embeds),
@@ -110,7 +160,7 @@ class Planner:
         if prepared.rescale is not None:
             part.append(f"rescaled {prepared.rescale[1]:g}")
         return self._made(
-            self._file(prepared, ", ".join(part)),
+            file(", ".join(part)),
             lambda: capture(denoiser, (torch.zeros_like(prepared.latents),), first),
             samples,
             self._calibration,
@@ -118,24 +168,20 @@ class Planner:
             client_known=() if held else ("encoder_hidden_states",),
         )
 
-    def _vae(self, prepared: Prepared, samples: Callable[[], Any]) -> Plan:
+    def _vae(self, prepared: Prepared, cached: Path, samples: Callable[[], Any]) -> Plan:
         decoder = ImageDecoder(prepared.pipe.vae).eval()
         return self._made(
-            self._file(prepared, "vae"),
+            cached,
             lambda: capture(decoder, (torch.zeros_like(prepared.latents),)),
             samples,
         )
 
     def _small(
-        self, prepared: Prepared, part: str, module: nn.Module, samples: Callable[[], Any], *beside: Tensor
+        self, prepared: Prepared, cached: Path, module: nn.Module, samples: Callable[[], Any], *beside: Tensor
     ) -> Plan:
         """The plan of what happens between two steps: a function of values like the latents."""
         values = [torch.zeros_like(value) for value in (prepared.latents, *beside)]
-        return self._made(self._file(prepared, part), lambda: capture(module.eval(), tuple(values)), samples)
-
-    def _file(self, prepared: Prepared, part: str) -> Path:
-        weights = self._weights(prepared.pipe)
-        return cache_file(weights, prepared, self._profile, self._secret, part, self._prompts)
+        return self._made(cached, lambda: capture(module.eval(), tuple(values)), samples)
 
     def _made(
         self,
@@ -168,15 +214,4 @@ class Planner:
         """Digest of the weights that ranges depend on, computed again when they change."""
         modules = [pipe.unet, pipe.text_encoder, *([pipe.vae] if "vae" in self._hidden else [])]
         modules = [module for module in modules if module is not None]
-        # The parameters themselves are kept: an id may come again.
-        held = [p for module in modules for p in module.parameters()]
-        versions = [0 if p.is_inference() else p._version for p in held]
-        known, at, digest = self._digest
-        if (
-            len(known) != len(held)
-            or at != versions
-            or any(a is not b for a, b in zip(known, held, strict=True))
-        ):
-            digest = weights_digest(*modules)
-            self._digest = held, versions, digest
-        return digest
+        return self._digest.get((), modules, lambda: weights_digest(*modules))

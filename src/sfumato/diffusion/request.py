@@ -4,11 +4,10 @@ latents."""
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,9 +15,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sfumato.diffusion.parts import listening
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.probe import probe_schedule
+from sfumato.diffusion.prompts import embeddings
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
 
@@ -32,8 +31,6 @@ __all__ = [
     "is_whole",
     "prepare",
 ]
-
-log = logging.getLogger(__name__)
 
 Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], Any]
@@ -51,7 +48,7 @@ _TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 def is_whole(value: Any) -> bool:
     """Whether a caller's value, whatever it is, is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:
@@ -116,9 +113,6 @@ class Request:
         """
         if self.output_type not in _OUTPUTS:
             raise JobError(f"output_type must be one of {', '.join(_OUTPUTS)}, not {self.output_type!r}")
-        if not is_whole(self.num_images_per_prompt) or self.num_images_per_prompt < 1:
-            raise JobError(f"num_images_per_prompt must be at least 1, not {self.num_images_per_prompt}")
-        self._check_texts()
         wrong = sorted(set(self.callback_on_step_end_tensor_inputs) - set(_TENSORS))
         if wrong:
             raise JobError(f"a callback can ask for {', '.join(_TENSORS)}, not for {wrong[0]!r}")
@@ -128,6 +122,19 @@ class Request:
                 f"cross_attention_kwargs takes 'scale' (of LoRA layers) alone, not {beside[0]!r}: "
                 "the attention itself is fixed at capture"
             )
+        self._check_numbers()
+        self._check_texts()
+
+    def _check_numbers(self) -> None:
+        counts: dict[str, Any] = {"num_images_per_prompt": self.num_images_per_prompt}
+        if self.timesteps is None and self.sigmas is None:
+            counts["num_inference_steps"] = self.num_inference_steps
+        for name, count in counts.items():
+            if not is_whole(count) or count < 1:
+                raise JobError(f"{name} must be a whole number of at least 1, not {count!r}")
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels is not None and not is_whole(pixels):
+                raise JobError(f"{name} must be a whole number of pixels, not {pixels!r}")
         for name, number in (
             ("cross_attention_kwargs['scale']", self.lora_scale),
             ("guidance_scale", self.guidance_scale),
@@ -198,6 +205,12 @@ class Request:
         """The latents before the first step, first sigma included, and what else the run starts from."""
         return _latents(self, _shape(pipe, self, batch)) * schedule.init_sigma, None
 
+    def aside(self) -> Self:
+        """The same for a call that does not take place: what would be drawn comes from generators of its own."""
+        given = self.generator
+        own = [torch.Generator() for _ in given] if isinstance(given, list) else torch.Generator()
+        return replace(self, generator=own)
+
     @property
     def lora_scale(self) -> float:
         """The weight of all LoRA layers, on top of the weights of their adapters."""
@@ -265,7 +278,7 @@ def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     distilled = pipe.unet.config.time_cond_proj_dim
     guided = request.guidance_scale > 1 and distilled is None
     batch = request.prompts * request.num_images_per_prompt
-    embeds, ids = _text(pipe, request, guided, encode=encode)
+    embeds, ids = embeddings(pipe, request, guided=guided, encode=encode)
     latents, picture = request.begin(pipe, schedule, batch)
     return Prepared(
         pipe=pipe,
@@ -291,68 +304,6 @@ def in_a_sentence() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise JobError(str(error).strip().splitlines()[0]) from None
-
-
-def _text(pipe: Any, request: Request, guided: bool, *, encode: bool) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of all texts, or zeros and the token ids; the caller's own embeddings are never encoded."""
-    encoder, heard = (pipe, []) if encode or pipe.text_encoder is None else listening(pipe)
-    if pipe.text_encoder is None and (
-        request.prompt is not None or (guided and request.negative_prompt_embeds is None)
-    ):
-        raise JobError("this pipeline has no text encoder; give prompt_embeds and negative_prompt_embeds")
-    try:
-        with _untold(pipe, request, guided):
-            embeds, negative = encoder.encode_prompt(
-                request.prompt,
-                torch.device("cpu"),
-                request.num_images_per_prompt,
-                guided,
-                request.negative_prompt,
-                prompt_embeds=request.prompt_embeds,
-                negative_prompt_embeds=request.negative_prompt_embeds,
-                clip_skip=request.clip_skip,
-            )
-    except IndexError:
-        raise JobError(f"clip_skip={request.clip_skip} is more than this text encoder has layers") from None
-    except (ValueError, TypeError):
-        raise JobError(
-            "prompt_embeds and negative_prompt_embeds must be of one shape (prompts, tokens, width)"
-        ) from None
-    width = pipe.unet.config.cross_attention_dim
-    for given in (embeds, negative) if guided else (embeds,):
-        if isinstance(width, int) and given.shape[-1] != width:
-            raise JobError(f"this U-Net takes embeddings of width {width}, not {given.shape[-1]}")
-    embeds = (torch.cat([negative, embeds]) if guided else embeds).detach()
-    if not heard:
-        return embeds, None
-    if set(request.callback_on_step_end_tensor_inputs) - {"latents"}:
-        raise JobError(
-            "with a secret text encoder the parties hold the embeddings; a callback can ask for 'latents' alone"
-        )
-    if len(heard) != (2 if guided else 1):
-        raise JobError(
-            "with a secret text encoder give prompt_embeds and negative_prompt_embeds both, or neither of them"
-        )
-    return embeds, torch.cat(heard[::-1])
-
-
-@contextlib.contextmanager
-def _untold(pipe: Any, request: Request, guided: bool) -> Iterator[None]:
-    """diffusers quotes in its log what it cuts off a long prompt; say that something is cut, and not what."""
-    longest, texts = pipe.tokenizer.model_max_length, []
-    for given in (request.prompt, request.negative_prompt if guided else None):
-        texts += [given] if isinstance(given, str) else given or []
-    if texts and max(map(len, pipe.tokenizer(texts).input_ids)) > longest:
-        log.warning(
-            "a prompt has more than the %d tokens that the text encoder takes; the rest is cut off", longest
-        )
-    theirs = logging.getLogger(type(pipe).__module__)
-    kept = theirs.level
-    theirs.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        theirs.setLevel(kept)
 
 
 def _texts(given: Any) -> bool:

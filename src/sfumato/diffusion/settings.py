@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.errors import JobError
@@ -28,7 +28,11 @@ SCHEDULERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a call must ask for to be one that was offered. One prompt a call, ``images`` of it."""
+    """What a call must ask for to be one that was offered. One prompt a call, ``images`` of it.
+
+    ``configured``: digest of the configuration that the scheduler had when ranges were measured; empty in what an
+    earlier release wrote.
+    """
 
     scheduler: str
     steps: int
@@ -36,6 +40,7 @@ class Settings:
     height: int
     width: int
     images: int = 1
+    configured: str = ""
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Settings:
@@ -53,6 +58,10 @@ class Settings:
             raise JobError(
                 "the settings of this offer cannot be read; its owner must share it again"
             ) from None
+
+    def is_but_for_configuration(self, other: Settings) -> bool:
+        """Whether the same is asked for, of a scheduler of the same class."""
+        return replace(self, configured=other.configured) == other
 
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of a call."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.adapters import adapter_state
 from sfumato.diffusion.loading import load_pipeline, without_bars
-from sfumato.diffusion.offers import asked
+from sfumato.diffusion.offers import asked, configuration, configuration_file
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.diffusion.plans import Planner
 from sfumato.diffusion.request import Prepared, Request
@@ -43,6 +43,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "vae": (diffusers, "AutoencoderKL"),
     "feature_extractor": (transformers, "ImageProcessingMixin"),
 }
+#: Differences between two configurations that an error names.
+_TOLD = 3
 _CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 #: Arguments of a call that an offer leaves to the client; all others are the offer's, or stay at their defaults.
 _FREE = frozenset((
@@ -73,9 +75,12 @@ class SharedPlanner(Planner):
             JobError: none does: says what is offered; or the request wants opened what the owner keeps closed.
         """
         wanted = asked(pipe, request)
-        found = next((offer for settings, offer in self._offers if settings == wanted), None)
-        if found is None:
+        alike = [(s, offer) for s, offer in self._offers if s.is_but_for_configuration(wanted)]
+        if not alike:
             raise JobError(f"{self.title} offers {in_words(self.settings)}; ask its owner for more")
+        found = next((offer for settings, offer in alike if settings == wanted), None)
+        if found is None:
+            raise self._configured_otherwise(alike[0][0], pipe.scheduler)
         matched = {*wanted.arguments(), *_FREE}
         for field in fields(Request):
             value = getattr(request, field.name)
@@ -95,6 +100,25 @@ class SharedPlanner(Planner):
                 f"the owner of {self.title} does not let latents be opened; ask for the image alone"
             )
         return found
+
+    def _configured_otherwise(self, offered: Settings, scheduler: Any) -> JobError:
+        """The scheduler's class is right, and its configuration is not the one that ranges were measured with."""
+        if not offered.configured:
+            return JobError(
+                f"{self.title} was shared without its scheduler's configuration; its owner must share it again"
+            )
+        known = json.loads(self.description.files.get(configuration_file(offered.scheduler), b"{}"))
+        given = json.loads(configuration(scheduler))
+        found = [
+            f"{name}={known.get(name)!r} in place of {given.get(name)!r}"
+            for name in sorted({*known, *given})
+            if known.get(name) != given.get(name)
+        ]
+        more = f" and {len(found) - _TOLD} more" * (len(found) > _TOLD)
+        return JobError(
+            f"{self.title} offers {offered.scheduler} with {', '.join(found[:_TOLD])}{more}; "
+            "configure pipe.scheduler so"
+        )
 
     def plans(self, prepared: Prepared, *, progress: bool = True) -> dict[str, Plan]:
         """As those of `Planner`, made by the owner long ago."""

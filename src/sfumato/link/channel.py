@@ -24,7 +24,7 @@ from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Payload, PeerAbort, peer_name, public_text
 from sfumato.link.frames import HEADER_BYTES, Kind, parse_abort, parse_header
 
-__all__ = ["Channel", "LinkLimits", "Owner"]
+__all__ = ["FRAME_COST", "Channel", "LinkLimits", "Owner"]
 
 _log = logging.getLogger(__name__)
 _CHUNK = 64 * 1024  # what one TLS write is given: short enough that a reader waits little for the lock
@@ -32,6 +32,7 @@ _DIRECT = 128 * 1024  # batches up to this leave in the caller's thread
 _BUFFER = 64 * 1024
 _RECORD = 16 * 1024  # what one TLS record holds at most
 _LINGER_S = 5.0
+FRAME_COST = 1024  # bytes that a frame takes in memory beside its payload, about: an empty one is not free
 _PARK_S = 0.005  # how soon a receiver thread takes over when the driver turns to computing
 
 
@@ -79,7 +80,7 @@ class Channel:
             tuple[Payload, bool]
         ] = []  # the driver's thread only; the flag marks a frame's first piece
         self.unsent = 0
-        self.claimed = 0  # payload bytes the driver has taken
+        self.unclaimed = 0  # bytes in memory for frames that have arrived and were not taken
         self.paused = False
         self.problem: LinkError | None = None
         self.left = False  # it said goodbye
@@ -105,11 +106,6 @@ class Channel:
         self.descriptor = sock.fileno()
         self.reader = threading.Thread(target=self._read_all, name=f"sfumato-read-{peer}", daemon=True)
         self.writer = threading.Thread(target=self._write_all, name=f"sfumato-write-{peer}", daemon=True)
-
-    @property
-    def unclaimed(self) -> int:
-        """Payload bytes that have arrived and were not taken."""
-        return self.payload_received - self.claimed
 
     @property
     def hears(self) -> bool:

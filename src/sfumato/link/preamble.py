@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from typing import NamedTuple
 
 from sfumato.errors import LinkError
 
-__all__ = ["PREAMBLE_BYTES", "PROTOCOL_VERSION", "Preamble", "preamble", "read_preamble"]
+__all__ = ["PREAMBLE_BYTES", "PROTOCOL_VERSION", "Preamble", "preamble"]
 
 PROTOCOL_VERSION = 2
 """Of everything above the frames. Parties and clients of another version are told so."""
@@ -36,23 +34,3 @@ class Preamble(NamedTuple):
 def preamble(run: str | None = None) -> bytes:
     """The first bytes of a connection; ``run``: 32 hex digits, None for a control connection."""
     return _MAGIC + bytes([PROTOCOL_VERSION]) + (_NO_RUN if run is None else bytes.fromhex(run))
-
-
-def read_preamble(raw: socket.socket, timeout_s: float) -> Preamble:
-    """Of an accepted connection, which is closed on ``LinkError``."""
-    deadline = time.monotonic() + timeout_s
-    data = b""
-    try:
-        while len(data) < PREAMBLE_BYTES:
-            raw.settimeout(max(0.01, deadline - time.monotonic()))
-            part = raw.recv(PREAMBLE_BYTES - len(data))
-            if not part:
-                break
-            data += part
-        return Preamble.parse(data)
-    except OSError:
-        raw.close()
-        raise LinkError(f"a caller sent no preamble within {timeout_s:g} s") from None
-    except LinkError as error:
-        raw.close()
-        raise LinkError(f"a caller {error}") from None

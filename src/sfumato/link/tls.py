@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Link, PeerAbort, peer_name
-from sfumato.link.channel import Channel, LinkLimits
+from sfumato.link.channel import FRAME_COST, Channel, LinkLimits
 from sfumato.link.frames import Kind, abort_payload, check_frame, pack_header
 
 __all__ = ["LinkLimits", "TlsLink"]
@@ -100,7 +100,7 @@ class TlsLink(Link):
             if not frames:
                 del self._inbox[frm, tag]
             channel = self._channels[frm]
-            channel.claimed += len(frame.payload)
+            channel.unclaimed -= FRAME_COST + len(frame.payload)
             if channel.paused:
                 self._arrived.notify_all()
             return frame
@@ -248,6 +248,7 @@ class TlsLink(Link):
 
     def deliver(self, channel: Channel, frame: Frame) -> None:
         with self._arrived:
+            channel.unclaimed += FRAME_COST + len(frame.payload)
             if channel.unclaimed > 4 * self.limits.max_unclaimed_bytes:
                 raise LinkError(f"sent {channel.unclaimed} bytes that nobody asked for")
             if not self._closed:

@@ -25,13 +25,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from sfumato.errors import JobError
 from sfumato.link.identity import client_identity, owner_identity, party_identity
 from sfumato.runtime.cluster import Cluster, Limits, Member
+from sfumato.runtime.names import is_name
+from sfumato.runtime.sealed import sync
 
 __all__ = ["Authority", "add_member", "certificate_days", "init_cluster", "party_index", "renew_cluster"]
 
 _VALID_DAYS = 365
 _AUTHORITY_DAYS = 3650
 _AUTHORITY = "authority"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _RESERVED = re.compile(r"(party[0-2]|authority)\Z", re.IGNORECASE)
 
 Files = Mapping[str, tuple[bytes, int]]  # name -> (content, mode)
@@ -84,9 +85,12 @@ def init_cluster(
             _fill(draft_folder / shelf, files)
         _write(draft_folder / "cluster.toml", cluster.to_toml().encode(), 0o644)
         os.replace(draft_folder, folder)  # all or nothing
-    except OSError as error:
+        sync(folder.parent)
+    except BaseException as error:
         shutil.rmtree(draft_folder, ignore_errors=True)
-        raise JobError(f"cannot write {folder} ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise JobError(f"cannot write {folder} ({error.strerror})") from None
+        raise
     return cluster
 
 
@@ -132,8 +136,11 @@ def add_member(folder: Path | str, *, client: str | None = None, owner: str | No
         _fill(
             target, {**authority.member(identity, name), "cluster.toml": (cluster.to_toml().encode(), 0o644)}
         )
-    except OSError as error:
-        raise JobError(f"cannot write {target} ({error.strerror})") from None
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)  # half a folder would hold the name
+        if isinstance(error, OSError):
+            raise JobError(f"cannot write {target} ({error.strerror})") from None
+        raise
     return target
 
 
@@ -276,7 +283,7 @@ def _issue_all(
 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if not _NAME.match(name) or _RESERVED.match(name):
+        if not is_name(name) or _RESERVED.match(name):
             raise JobError(
                 "a client's or owner's name must be 1 to 63 letters, digits, '.', '_' or '-', and not that of a "
                 "party's or the authority's folder"
@@ -319,9 +326,16 @@ def _write(path: Path, data: bytes, mode: int) -> None:
     """A file that is there whole or, after a crash, as it was."""
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.replace(scratch, path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        sync(path.parent)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

@@ -12,11 +12,9 @@ from typing import Any
 from sfumato.errors import JobError
 from sfumato.link.tls import LinkLimits
 from sfumato.runtime.canonical import parse_toml
+from sfumato.runtime.names import is_fingerprint, is_name
 
 __all__ = ["Cluster", "Limits", "Member", "link_limits", "with_ports"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +113,13 @@ def _members(entries: Any, problems: list[str]) -> list[Member]:
         ]
         name, host, port = entry.get("name"), entry.get("host"), entry.get("port")
         fingerprint = entry.get("fingerprint")
-        if not isinstance(name, str) or not _NAME.match(name):
+        if not is_name(name):
             problems.append(f"The name of {where} must be 1 to 63 letters, digits, '.', '_' or '-'.")
         if not isinstance(host, str) or not _is_host(host):
             problems.append(f"The host of {where} must be an IP address or a host name.")
         if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
             problems.append(f"The port of {where} must be a whole number from 0 to 65535.")
-        if fingerprint is not None and not (isinstance(fingerprint, str) and _FINGERPRINT.match(fingerprint)):
+        if fingerprint is not None and not is_fingerprint(fingerprint):
             problems.append(f"The fingerprint of {where} must be 'sha256:' and 64 hex digits.")
         if len(problems) == before:
             members.append(

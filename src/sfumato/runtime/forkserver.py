@@ -39,7 +39,8 @@ class Job:
     """What a worker is told about its session.
 
     ``cluster``: text of the cluster file. ``folder``: the party's. ``client``: the identity that asked. ``operator``:
-    options that no client sets. ``arrive_s``: how long the client may take to connect. ``trace``: the parent span.
+    options that no client sets. ``arrive_s``: how long the client may take to connect. ``longest_s``: how long the
+    session may run, ``memory_mb``: the MiB its process may take; 0 for no bound. ``trace``: the parent span.
     """
 
     party: int
@@ -54,6 +55,8 @@ class Job:
     revoked: Sequence[str]
     threads: int | None
     arrive_s: float
+    longest_s: float
+    memory_mb: int
     log: str
     trace: str | None
 

@@ -62,7 +62,7 @@ class Loaded(NamedTuple):
         """``JobError`` unless an approved part gets exactly its inputs: a weight is not the client's to give."""
         if self.part is None:
             return
-        plan, who = self.plan, self.part.model
+        plan, who = self.plan, self.part.model.name
         if set(inputs) != set(plan.client_inputs) or set(publics) != set(plan.public_inputs):
             raise JobError(
                 f"a call of a part of {who} takes exactly its inputs, {', '.join(plan.client_inputs)}"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sfumato.errors import JobError
 
-__all__ = ["JobQueue", "Ticket"]
+__all__ = ["JobQueue", "NoPlace", "Ticket"]
+
+
+class NoPlace(JobError):
+    """A session finds no place. ``word``: why, as `telemetry.REASONS` calls it."""
+
+    def __init__(self, sentence: str, word: str) -> None:
+        super().__init__(sentence)
+        self.word = word
 
 
 @dataclass(eq=False, slots=True)
@@ -26,8 +34,11 @@ class Ticket:
 class JobQueue:
     """Sessions that run, at most ``at_once``, and sessions that wait, at most ``queued``, ``per_client`` of one client.
 
-    Clients take turns, whatever number of sessions each has waiting; the sessions of one client run in the order they
-    came. Any thread may call any method.
+    Clients take turns, whatever number of sessions each has waiting, and one that runs a session gets another place
+    after those that run none; the sessions of one client run in the order they came. Any thread may call any method.
+
+    Parties need not agree on an order: a client takes its places at party 0, 1 and 2 one after the other, so whoever
+    waits at one waits for sessions that have their places at those before.
     """
 
     def __init__(self, at_once: int, queued: int, per_client: int) -> None:
@@ -41,22 +52,27 @@ class JobQueue:
         """Take a place; it may be granted at once.
 
         Raises:
-            JobError: the queue is full, or this client's part of it.
+            NoPlace: the queue is full or closed, or this client's part of it is full.
         """
         ticket = Ticket(client, changed)
         with self._lock:
             if self.closed:
-                raise JobError("it takes no more sessions, as it is about to stop; try again later")
+                raise NoPlace(
+                    "it takes no more sessions, as it is about to stop; try again later", "stopping"
+                )
             if self._count() == 0 and len(self._running) < self.at_once:
                 ticket.granted = True
                 self._running.add(ticket)
                 return ticket
             if len(self._waiting.get(client, ())) >= self._per_client:
-                raise JobError(
-                    f"{self._per_client} sessions of this client are waiting already; let one of them end first"
+                raise NoPlace(
+                    f"{self._per_client} sessions of this client are waiting already; let one of them end first",
+                    "limit",
                 )
             if self._count() >= self._most:
-                raise JobError(f"its queue is full ({self._most} sessions are waiting); try again later")
+                raise NoPlace(
+                    f"its queue is full ({self._most} sessions are waiting); try again later", "busy"
+                )
             self._waiting.setdefault(client, deque()).append(ticket)
             told = self._number()
         _tell(told - {ticket})
@@ -97,10 +113,15 @@ class JobQueue:
     def _count(self) -> int:
         return sum(len(line) for line in self._waiting.values())
 
+    def _in_turn(self, several: int) -> list[str]:
+        """Clients that wait, those that run ``several`` sessions or more last."""
+        running = Counter(ticket.client for ticket in self._running)
+        return sorted(self._waiting, key=lambda client: running[client] >= several)
+
     def _advance(self) -> set[Ticket]:
         told = set()
         while self._waiting and len(self._running) < self.at_once and not self.closed:
-            client = next(iter(self._waiting))
+            client = self._in_turn(1)[0]
             line = self._waiting.pop(client)
             ticket = line.popleft()
             if line:
@@ -111,9 +132,10 @@ class JobQueue:
         return told
 
     def _number(self) -> set[Ticket]:
-        """Say to each how many start before it, and itself; those whose number is another than before."""
+        """Say to each how many start before it, and itself, as things stand; those whose number is another than
+        before. Who runs one session may run none when the next place is free, who runs two does not."""
         told, number = set(), 0
-        lines = [deque(line) for line in self._waiting.values()]
+        lines = [deque(self._waiting[client]) for client in self._in_turn(2)]
         while lines:
             for line in lines:
                 number += 1

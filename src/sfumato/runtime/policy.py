@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sfumato.errors import JobError
 from sfumato.runtime.canonical import canonical
@@ -25,6 +25,7 @@ __all__ = [
     "Closure",
     "Host",
     "Label",
+    "ModelId",
     "Part",
     "after_own",
     "check_offers",
@@ -85,13 +86,26 @@ def check_offers(offers: Any, plans: Iterable[str]) -> None:
 # ---- labels -------------------------------------------------------------------------------------------------------
 
 
+class ModelId(NamedTuple):
+    """One share of one model. The share id alone names none: its owner chooses it, and others are told of it. The party
+    takes ``owner`` from the certificate of who shared the model."""
+
+    owner: str
+    name: str
+    share_id: str
+
+    @staticmethod
+    def of(manifest: Mapping[str, Any]) -> ModelId:
+        """Of a model at this party."""
+        return ModelId(manifest["owner"], manifest["name"], manifest["share"])
+
+
 @dataclass(frozen=True, slots=True)
 class Closure:
     """A model on whose secret weights a value depends in a way its owner has not opened. ``foreign``: it went through a
     plan that this owner has not approved, and stays closed for good."""
 
-    model: str
-    share_id: str
+    model: ModelId
     foreign: bool = False
 
 
@@ -103,34 +117,33 @@ OPEN: Label = frozenset()
 class Part:
     """An approved plan as a session has loaded it."""
 
-    model: str
-    share_id: str
+    model: ModelId
     opens: bool
 
     def after(self, inputs: Iterable[Label]) -> Label:
         """The label of its results: other models' closures stay; its own goes where the owner opens the part."""
         kept = self.judged(inputs)
-        return kept if self.opens else kept | {Closure(self.model, self.share_id)}
+        return kept if self.opens else kept | {Closure(self.model)}
 
     def judged(self, inputs: Iterable[Label]) -> Label:
         """The label of its certificate: what it counts is in the approved plan, so only others' closures count."""
         return frozenset(
-            Closure(c.model, c.share_id, True) if c.share_id != self.share_id else c
+            Closure(c.model, True) if c.model != self.model else c
             for label in inputs
             for c in label
-            if c.share_id != self.share_id or c.foreign
+            if c.model != self.model or c.foreign
         )
 
 
 def after_own(inputs: Iterable[Label]) -> Label:
     """The label of the results of a client's own plan, and of its certificate."""
-    return frozenset(Closure(c.model, c.share_id, True) for label in inputs for c in label)
+    return frozenset(Closure(c.model, True) for label in inputs for c in label)
 
 
 def check_open(label: Label, what: str) -> None:
     """``JobError`` unless the client may open a value with this label."""
-    for closure in sorted(label, key=lambda c: (c.model, c.share_id)):
-        raise JobError(f"the owner of {closure.model} does not let {what} be opened")
+    for closure in sorted(label, key=lambda c: (c.model.name, c.model)):
+        raise JobError(f"the owner of {closure.model.name} does not let {what} be opened")
 
 
 # ---- the party's own terms ----------------------------------------------------------------------------------------

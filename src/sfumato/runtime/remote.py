@@ -84,10 +84,12 @@ def open_backend(
     parties of a cluster file. With ``local`` the session is one of that cluster's, which goes on when it ends.
 
     Raises:
-        JobError: an unknown backend.
+        JobError: an unknown backend, or one beside a cluster file.
         LinkError: the parties cannot be reached.
     """
     given = {"protocol": protocol, **(options or {})}
+    if cluster is not None and backend != "local":
+        raise JobError(f"the parties of a cluster file compute, not backend {backend!r}; give one of the two")
     if cluster is not None:
         return Remote(cluster, keys, given)
     if backend == "local" and protocol != "plain":

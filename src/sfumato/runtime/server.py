@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from sfumato.runtime import telemetry
 from sfumato.runtime.authority import certificate_days
 from sfumato.runtime.cluster import Cluster, with_ports
 from sfumato.runtime.forkserver import Forkserver
-from sfumato.runtime.greetings import Greetings, host_of, makes_room
+from sfumato.runtime.greetings import Greetings, Lobby, host_of, makes_room
 from sfumato.runtime.jobs import JobQueue
 from sfumato.runtime.metrics import Metrics, OperationsServer
 from sfumato.runtime.passing import Pipe
 from sfumato.runtime.requests import Requests
 from sfumato.runtime.settings import PartySettings
-from sfumato.runtime.supervision import Supervised, Workplace
+from sfumato.runtime.store import ModelStore
+from sfumato.runtime.supervision import Workplace
 
 __all__ = ["PartySupervisor", "main"]
 
@@ -47,19 +48,19 @@ _MOST_CALLERS = 128  # that have not said their preamble
 _MOST_EARLY = 32  # connections for runs that are not granted yet
 _MOST_REQUESTS = 128  # control connections that have not said who they are
 _STOP_S = 1.0
+_PAUSE_S = 0.5  # without descriptors, threads or memory: how long nothing is tried
 _LOOK_S = 6 * 3600.0
 _SOON_DAYS = 30
 
 
 @dataclass(eq=False)
 class _Caller:
-    """A connection that has not said its whole preamble, or comes before its run."""
+    """A connection that has not said its whole preamble."""
 
     sock: socket.socket
     host: str
     deadline: float
     said: bytes = b""
-    run: str = ""
 
 
 class PartySupervisor:
@@ -103,7 +104,7 @@ class PartySupervisor:
             weights_folder="" if weights_folder is None else str(weights_folder),
             threads=threads,
             log=log,
-            came=self._let_in_early,
+            came=lambda session: self._lobby.let_in(session.run),
         )
         self._requests = Requests(self._place, self.health)
         member = cluster.parties[index]
@@ -119,10 +120,13 @@ class PartySupervisor:
         self._wake_receive, self._wake_send = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._callers: dict[socket.socket, _Caller] = {}
-        self._early_lock = threading.Lock()
-        self._early: list[_Caller] = []
+        self._lobby = Lobby(
+            _MOST_EARLY, cluster.limits.connect_s, self._place.hand_over, lambda: self.metrics.refused("run")
+        )
         self._greetings = Greetings(_MOST_REQUESTS, lambda: self.metrics.refused("busy"))
         self._next_look = 0.0
+        self._accepts_at: float | None = None  # when the listener is heard again, while it is not
+        self._short = False  # it was said that no caller could be accepted
 
     def serve_forever(self) -> None:
         """Take callers until `stop`, then end every session."""
@@ -138,14 +142,35 @@ class PartySupervisor:
         )
         try:
             while not self._stopped.is_set():
-                for key, _ in self._selector.select(self._until_next()):
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._callers:
-                        self._hear(self._callers[key.fileobj])
-                self._sweep()
+                try:
+                    self._turn()
+                except Exception as error:  # a moment's trouble: the sessions go on
+                    self._note(error)
+                    self._stopped.wait(_PAUSE_S)
         finally:
             self._end()
+
+    def _turn(self) -> None:
+        """What callers say, and what is due."""
+        for key, _ in self._selector.select(self._until_next()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._callers:
+                caller = self._callers[key.fileobj]
+                try:
+                    self._hear(caller)
+                except Exception as error:  # this caller's: others are heard
+                    self._note(error)
+                    if self._callers.pop(caller.sock, None) is not None:
+                        self._selector.unregister(caller.sock)
+                    caller.sock.close()
+        self._sweep()
+
+    def _note(self, error: Exception) -> None:
+        facts = {"party": self.index, "error": error}
+        _log.error(
+            "party %d failed at a caller (%s)", self.index, type(error).__name__, extra={"facts": facts}
+        )
 
     def stop(self) -> None:
         """Take no more callers and end `serve_forever`; any thread or signal handler may say so."""
@@ -178,11 +203,22 @@ class PartySupervisor:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            _log.warning("party %d could not accept a caller (%s)", self.index, type(error).__name__)
+            # No descriptor or memory left: the caller stays in the kernel's queue, and asking again would only spin.
+            if not self._short:
+                _log.warning(
+                    "party %d could not accept a caller (%s)",
+                    self.index,
+                    error.strerror,
+                    extra={"facts": {"party": self.index, "error": error}},
+                )
+            self._short = True
+            self._selector.unregister(self._listener)
+            self._accepts_at = time.monotonic() + _PAUSE_S
             return
+        self._short = False
         sock.setblocking(False)
         if len(self._callers) >= _MOST_CALLERS:
             self._drop(makes_room(self._callers.values(), lambda caller: caller.host), "busy")
@@ -209,54 +245,38 @@ class PartySupervisor:
         if preamble.run is None or preamble.version != self._requests.version:
             self._answer(caller.sock, preamble)
         else:
-            caller.run = preamble.run
-            self._hand_over(caller)
+            self._lobby.take(preamble.run, caller.sock)
 
     def _answer(self, sock: socket.socket, preamble: Preamble) -> None:
+        known: Callable[[], None] | None = None
         try:
             known = self._greetings.enter(sock)
-        except OSError:  # no descriptor left
+            threading.Thread(
+                target=self._requests.serve,
+                args=(sock, preamble, known),
+                name="sfumato-request",
+                daemon=True,
+            ).start()
+        except (OSError, RuntimeError, MemoryError):  # no descriptor, thread or memory left
             self.metrics.refused("busy")
             sock.close()
-            return
-        threading.Thread(
-            target=self._requests.serve,
-            args=(sock, preamble, known),
-            name="sfumato-request",
-            daemon=True,
-        ).start()
-
-    def _hand_over(self, caller: _Caller) -> None:
-        """To its worker, or into the lobby when its run is not granted yet."""
-        with self._early_lock:
-            if not self._place.hand_over(caller.run, caller.sock):
-                caller.deadline = time.monotonic() + self.cluster.limits.connect_s
-                self._early.append(caller)
-                if len(self._early) > _MOST_EARLY:
-                    late = makes_room(self._early, lambda one: one.host)
-                    self._early.remove(late)
-                    self._close(late, "run")
-
-    def _let_in_early(self, session: Supervised) -> None:
-        """A worker is there: who waited for its run goes to it."""
-        with self._early_lock:
-            for caller in [c for c in self._early if c.run == session.run]:
-                self._early.remove(caller)
-                self._place.hand_over(caller.run, caller.sock)
+            if known is not None:
+                known()
 
     def _until_next(self) -> float:
-        with self._early_lock:
-            deadlines = [c.deadline for c in [*self._callers.values(), *self._early]]
-        return max(0.0, min([*deadlines, self._next_look], default=0.0) - time.monotonic())
+        deadlines = [caller.deadline for caller in self._callers.values()] + self._lobby.deadlines()
+        if self._accepts_at is not None:
+            deadlines.append(self._accepts_at)
+        return max(0.0, min([*deadlines, self._next_look]) - time.monotonic())
 
     def _sweep(self) -> None:
         now = time.monotonic()
         for caller in [c for c in self._callers.values() if c.deadline <= now]:
             self._drop(caller, "deadline")
-        with self._early_lock:
-            for caller in [c for c in self._early if c.deadline <= now]:
-                self._early.remove(caller)
-                self._close(caller, "run")
+        self._lobby.sweep(now)
+        if self._accepts_at is not None and self._accepts_at <= now:
+            self._accepts_at = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
             self._look()
@@ -271,7 +291,9 @@ class PartySupervisor:
         caller.sock.close()
 
     def _look(self) -> None:
-        """What an operator should know in time."""
+        """What an operator should know in time, and what crashes left in the store."""
+        with contextlib.suppress(RuntimeError):  # no thread left: the next time
+            threading.Thread(target=self._tidy, name="sfumato-store", daemon=True).start()
         self.metrics.certificate(self.folder / "certificate.pem")
         days = self.health()["certificate_days"]
         if days < _SOON_DAYS:
@@ -283,22 +305,38 @@ class PartySupervisor:
                 extra={"facts": {"party": self.index, "certificate_days": days}},
             )
 
+    def _tidy(self) -> None:
+        """In a thread of its own: deleting a large model takes long, and a writer may hold the lock."""
+        settings = self.settings
+        try:
+            ModelStore(settings.storage_folder, settings.storage_key, self.index).sweep()
+        except (SfumatoError, OSError) as error:
+            _log.warning(
+                "party %d could not tidy its store: %s",
+                self.index,
+                public_text(str(error)),
+                extra={"facts": {"party": self.index, "error": error}},
+            )
+
     def _end(self) -> None:
         self._queue.close()
         self._listener.close()
-        for caller in [*self._callers.values(), *self._early]:
+        for caller in self._callers.values():
             caller.sock.close()
+        self._lobby.close()
         self._place.end(_STOP_S)
         self._forkserver.stop()
         if self._operations is not None:
             self._operations.stop()
+        for end in (self._selector, self._wake_receive, self._wake_send):
+            end.close()
 
 
 def _takes_files(folder: Path) -> bool:
     """Whether files can be written to a folder, or where it will be made."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
         return os.access(folder, os.W_OK) and os.statvfs(folder).f_bavail > 0
     except OSError:
         return False

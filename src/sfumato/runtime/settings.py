@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfumato.errors import JobError
 from sfumato.runtime.canonical import parse_toml
+from sfumato.runtime.names import is_fingerprint
 
 __all__ = ["PartySettings"]
 
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _PROGRAMS = ("any", "approved")
 #: key -> (lowest, highest) of the numbers in [sessions].
 _SESSIONS: dict[str, tuple[float, float]] = {
@@ -20,6 +19,8 @@ _SESSIONS: dict[str, tuple[float, float]] = {
     "queued": (0, 100_000),
     "per_client": (0, 100_000),
     "wait_s": (0.0, 7 * 86400.0),
+    "longest_s": (0.0, 7 * 86400.0),
+    "session_mb": (0, 999_999),
 }
 
 
@@ -27,15 +28,18 @@ _SESSIONS: dict[str, tuple[float, float]] = {
 class PartySettings:
     """How many sessions run and wait, what programs and certificates are taken, where models and numbers are kept.
 
-    ``wait_s``: how long a session may wait for its turn. ``programs``: "any", or "approved" for those of shared models
-    alone. ``revoked``: fingerprints of certificates that are refused. ``port``: of health and metrics, 0 for none.
-    ``storage_folder`` and ``storage_key`` are absolute, or lie in the party's folder.
+    ``wait_s``: how long a session may wait for its turn; ``longest_s``: how long it may run, and ``session_mb``: the
+    memory in MiB that its process may take; 0 for no bound. ``programs``: "any", or "approved" for those of shared
+    models alone. ``revoked``: fingerprints of certificates that are refused. ``port``: of health and metrics, 0 for
+    none. ``storage_folder`` and ``storage_key`` are absolute, or lie in the party's folder.
     """
 
     at_once: int = 2
     queued: int = 64
     per_client: int = 16
     wait_s: float = 3600.0
+    longest_s: float = 21600.0
+    session_mb: int = 0
     programs: str = "any"
     revoked: frozenset[str] = frozenset()
     operations_host: str = "127.0.0.1"
@@ -80,7 +84,7 @@ class PartySettings:
         else:
             found.problem('programs must be "any" or "approved".')
         revoked = accept.get("revoked", [])
-        if isinstance(revoked, list) and all(isinstance(f, str) and _FINGERPRINT.match(f) for f in revoked):
+        if isinstance(revoked, list) and all(is_fingerprint(f) for f in revoked):
             values["revoked"] = frozenset(revoked)
         else:
             found.problem("revoked must be a list of fingerprints, each 'sha256:' and 64 hex digits.")

@@ -21,7 +21,7 @@ from sfumato.graph.plan import Plan
 from sfumato.runtime.canonical import canonical
 from sfumato.runtime.components import component, held_by
 from sfumato.runtime.handles import Loaded
-from sfumato.runtime.policy import Approval, Host, Part, check_offers, opens
+from sfumato.runtime.policy import Approval, Host, ModelId, Part, check_offers, opens
 from sfumato.runtime.store import StoredModel, digest_of_file
 from sfumato.runtime.weights import MappedWeights, content_key
 from sfumato.runtime.wire import tensor_bytes
@@ -154,8 +154,8 @@ class SharedModels:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._opened: dict[str, StoredModel] = {}
-        self._shares: dict[tuple[str, int], Shared] = {}
+        self._opened: dict[tuple[str, str], StoredModel] = {}  # by name and share id, as a client asks for it
+        self._shares: dict[tuple[ModelId, int], Shared] = {}
 
     def describe(self, name: str) -> tuple[dict[str, Any], list[Tensor]]:
         """The reply to a client that may use the model.
@@ -192,7 +192,7 @@ class SharedModels:
         held: dict[str, Any] = self._public(model, manifest["public"][digest])
         for weight, item in manifest["secret"][digest].items():
             held[weight] = self._share(model, item, plan.secret_type(weight))
-        return Loaded(plan, held, Part(model.name, manifest["share"], opens(manifest["offers"], digest)))
+        return Loaded(plan, held, Part(ModelId.of(manifest), opens(manifest["offers"], digest)))
 
     def close(self) -> None:
         """Forget them."""
@@ -202,19 +202,19 @@ class SharedModels:
     def _open(self, name: str, share: str = "") -> StoredModel:
         if self._host.store is None:
             raise JobError("these parties keep no models; models of a cluster need the cluster's parties")
-        model = self._opened.get(share)
-        if model is None or model.name != name:
+        model = self._opened.get((name, share))
+        if model is None:
             model = self._host.store.open(name, self._host.client)
         if share and model.manifest["share"] != share:
             raise JobError(
                 f"party {model.party} holds another share of {name} than the one described; describe it again, and if "
                 "that does not help its owner must share it again and replace it"
             )
-        self._opened[model.manifest["share"]] = model
+        self._opened[name, model.manifest["share"]] = model
         return model
 
     def _share(self, model: StoredModel, item: int, type: Secret) -> Shared:
-        key = (model.manifest["share"], item)
+        key = (ModelId.of(model.manifest), item)
         if key not in self._shares:
             data, parts, at = model.unsealed(item), [], 0
             ring, frac, shape = model.manifest["items"][item]

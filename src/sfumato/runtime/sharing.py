@@ -30,10 +30,11 @@ from sfumato.runtime.canonical import canonical
 from sfumato.runtime.cluster import Cluster, Limits, link_limits
 from sfumato.runtime.components import held_by, split
 from sfumato.runtime.control import as_raised
+from sfumato.runtime.names import check_name
 from sfumato.runtime.places import Places, new_run
 from sfumato.runtime.policy import Approval, check_offers
 from sfumato.runtime.shared_model import client_constants, pack_files
-from sfumato.runtime.store import CLIENT_FILE, PUBLIC_FILE, Draft, ModelStore, check_name, digest_of_file
+from sfumato.runtime.store import CLIENT_FILE, PUBLIC_FILE, Draft, ModelStore, digest_of_file
 from sfumato.runtime.weights import FILE_TYPES, content_key, file_head
 from sfumato.runtime.wire import MessageStream, tensor_bytes
 from sfumato.types import Ring, Secret

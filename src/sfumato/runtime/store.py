@@ -12,35 +12,28 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, Self
 
 from sfumato.errors import JobError
 from sfumato.runtime.canonical import canonical
+from sfumato.runtime.entries import ModelEntry, may_use
+from sfumato.runtime.names import check_name, is_name
 from sfumato.runtime.sealed import Buffer, Keys, is_held, on_disk, private, sync, written
 
-__all__ = ["Draft", "ModelEntry", "ModelStore", "StoredModel", "check_name", "digest_of_file"]
+__all__ = ["Draft", "ModelStore", "StoredModel", "digest_of_file"]
 
+_log = logging.getLogger(__name__)
 _KEY_BYTES = 32
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _SHARE = re.compile(r"[0-9a-f]{32}\Z")
 _MANIFEST, _LOCK, _DRAFT, _OLD, _GONE = "manifest.json", "lock", ".draft-", ".old-", ".gone-"
 CLIENT_FILE, PUBLIC_FILE = "client.bin", "public.safetensors"
-
-
-def check_name(name: Any) -> str:
-    """A model's name, which is also a folder's; ``JobError`` when it cannot be one."""
-    if not isinstance(name, str) or not _NAME.match(name):
-        raise JobError(
-            "a model's name must be 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-        )
-    return name
 
 
 def digest_of_file(pieces: Iterator[Buffer]) -> str:
@@ -49,43 +42,6 @@ def digest_of_file(pieces: Iterator[Buffer]) -> str:
     for piece in pieces:
         state.update(piece)
     return state.hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """A line of a list of models. ``clients``: identities that may use it, None for all; ``secret``: whether it has
-    secret weights; ``offers``: the settings of each; ``problem``: why it cannot be used."""
-
-    name: str
-    owner: str = ""
-    share_id: str = ""
-    clients: tuple[str, ...] | None = ()
-    secret: bool = True
-    offers: tuple[dict[str, Any], ...] = ()
-    plans: int = 0
-    nbytes: int = 0
-    shared_at: int = 0
-    problem: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as JSON fields."""
-        return asdict(self)
-
-    def concerns(self, identity: str) -> bool:
-        """Whether ``identity`` owns the model or may use it; an operator (no identity) sees all."""
-        if not identity or identity == self.owner:
-            return True
-        return _may_use(self.clients, identity)
-
-    def told_to(self, identity: str) -> ModelEntry:
-        """Without the names of other clients, where a client asks."""
-        if self.clients is None or identity in ("", self.owner):
-            return self
-        return replace(self, clients=(identity,))
-
-
-def _may_use(clients: Sequence[str] | None, identity: str) -> bool:
-    return identity.startswith("sfumato://client/") and (clients is None or identity in clients)
 
 
 class ModelStore:
@@ -112,8 +68,20 @@ class ModelStore:
         none = f"there is no model {check_name(name)!r} at party {self.party} that this client may use"
         if not (self.folder / name).is_dir():
             raise JobError(none)
-        manifest = self._manifest(name)
-        if not _may_use(manifest["clients"], client):
+        try:
+            manifest = self._settled(name)
+        except JobError as error:
+            # What is damaged is told to those alone who may use it, as far as the damaged manifest says who they are.
+            if may_use(self._claimed(name).get("clients", ()), client):
+                raise
+            _log.warning(
+                "party %d keeps a model that cannot be used: %s",
+                self.party,
+                error,
+                extra={"facts": {"party": self.party, "error": error}},
+            )
+            raise JobError(none) from None
+        if not may_use(manifest["clients"], client):
             raise JobError(none)
         return StoredModel(self.folder / name, manifest, Keys(self._key(), manifest))
 
@@ -121,13 +89,14 @@ class ModelStore:
         """Begin a model. Use as a context manager: what is not committed is removed.
 
         Raises:
-            JobError: the name belongs to another owner, or is taken and ``replace`` is not set; no key; no room.
+            JobError: the name belongs to another owner, or is taken and ``replace`` is not set; a model here has this
+                share id; no key; no room.
         """
         check_name(name)
         if not _SHARE.match(share_id):
             raise JobError("a share of a model is named by 32 hex digits")
-        self._check_free(name, owner, replace)
         self.sweep()
+        self._check_free(name, owner, share_id, replace)
         return Draft(self, name, owner, share_id, replace, self._key())
 
     def remove(self, name: str, owner: str) -> None:
@@ -151,9 +120,7 @@ class ModelStore:
                 kind = next((k for k in (_DRAFT, _OLD, _GONE) if path.name.startswith(k)), None)
                 if kind is None or (kind == _DRAFT and is_held(path / _LOCK)):
                     continue
-                name = path.name.removeprefix(_OLD)
-                if kind == _OLD and not (self.folder / name).exists():
-                    path.rename(self.folder / name)  # a replacement that did not come to its end
+                if kind == _OLD and self._restored(path.name.removeprefix(_OLD)):
                     continue
                 shutil.rmtree(path, ignore_errors=True)
                 found += 1
@@ -164,12 +131,12 @@ class ModelStore:
     def _names(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if _NAME.match(path.name) and path.is_dir())
+        return sorted(path.name for path in self.folder.iterdir() if is_name(path.name) and path.is_dir())
 
     def _entry(self, name: str) -> ModelEntry | None:
         folder = self.folder / name
         try:
-            manifest = self._manifest(name)
+            manifest = self._settled(name)
         except JobError as error:
             if not folder.is_dir():
                 return None  # it was removed meanwhile
@@ -177,7 +144,10 @@ class ModelStore:
             with contextlib.suppress(JobError):
                 owner = self._owner(name)
             return ModelEntry(name=name, owner=owner, problem=str(error))
-        clients = manifest["clients"]
+        clients, nbytes = manifest["clients"], 0
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # it was replaced meanwhile
+                nbytes += path.stat().st_size if path.is_file() else 0
         return ModelEntry(
             name=name,
             owner=manifest["owner"],
@@ -186,27 +156,52 @@ class ModelStore:
             secret=bool(manifest["items"]),
             offers=tuple(offer["settings"] for offer in manifest["offers"]),
             plans=len(manifest["plans"]),
-            nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            nbytes=nbytes,
             shared_at=manifest["shared_at"],
         )
 
-    def _check_free(self, name: str, owner: str, replace: bool) -> None:
-        if not (self.folder / name).exists():
-            return
-        if self._owner(name) != owner:
+    def _restored(self, name: str) -> bool:
+        """Under the lock: whether a replacement had not come to its end, and the old model is back."""
+        old, target = self.folder / f"{_OLD}{name}", self.folder / name
+        if target.exists() or not old.exists():
+            return False
+        old.rename(target)
+        return True
+
+    def _check_free(self, name: str, owner: str, share_id: str, replace: bool) -> None:
+        taken = (self.folder / name).exists()
+        if taken and self._owner(name) != owner:
             raise JobError(f"the name {name!r} is taken at party {self.party}; choose another name")
-        if not replace:
+        if taken and not replace:
             raise JobError(
                 f"the model {name!r} is already at party {self.party}; replace it (--replace) or choose another name"
             )
+        if any(self._claimed(other).get("share") == share_id for other in self._names()):
+            raise JobError(f"party {self.party} has a model with this share id; share yours again")
 
     def _owner(self, name: str) -> str:
         """Who shared a model, whether or not its manifest can be authenticated: enough to remove or replace it."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            return str(json.loads((self.folder / name / _MANIFEST).read_bytes().split(b"\n", 1)[1])["owner"])
-        raise JobError(
-            f"the model {name!r} at party {self.party} has no readable manifest; its operator must delete its folder"
-        )
+        claimed = self._claimed(name)
+        if "owner" not in claimed:
+            raise JobError(
+                f"the model {name!r} at party {self.party} has no readable manifest; its operator must delete its "
+                "folder"
+            )
+        return str(claimed["owner"])
+
+    def _claimed(self, name: str) -> dict[str, Any]:
+        """A manifest as it stands there, authentic or not; empty where it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError, IndexError, RecursionError):
+            return dict(json.loads((self.folder / name / _MANIFEST).read_bytes().split(b"\n", 1)[1]))
+        return {}
+
+    def _settled(self, name: str) -> dict[str, Any]:
+        """The manifest, read again under the lock where a replacement may have been half way."""
+        try:
+            return self._manifest(name)
+        except JobError:
+            with on_disk(self.party, name, "read"), self._locked():
+                return self._manifest(name)
 
     def _manifest(self, name: str) -> dict[str, Any]:
         broken = (
@@ -254,7 +249,8 @@ class ModelStore:
 
     def _commit(self, draft: Draft) -> None:
         with self._locked():
-            self._check_free(draft.name, draft.owner, draft.replace)
+            self._restored(draft.name)
+            self._check_free(draft.name, draft.owner, draft.share_id, draft.replace)
             target, old = self.folder / draft.name, self.folder / f"{_OLD}{draft.name}"
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -271,7 +267,7 @@ class Draft:
     def __init__(
         self, store: ModelStore, name: str, owner: str, share_id: str, replace: bool, key: bytes
     ) -> None:
-        self.name, self.owner, self.replace = name, owner, replace
+        self.name, self.owner, self.share_id, self.replace = name, owner, share_id, replace
         self._store = store
         self._sealed: dict[str, int] = {}
         self._head = {

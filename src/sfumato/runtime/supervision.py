@@ -22,7 +22,7 @@ from sfumato.runtime import telemetry
 from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.control import heartbeat_s
 from sfumato.runtime.forkserver import Forkserver, Job
-from sfumato.runtime.jobs import JobQueue, Ticket
+from sfumato.runtime.jobs import JobQueue, NoPlace, Ticket
 from sfumato.runtime.metrics import Metrics
 from sfumato.runtime.passing import Pipe
 from sfumato.runtime.settings import PartySettings
@@ -95,12 +95,18 @@ class Workplace:
         Raises:
             JobError: no place in the queue, no turn in time, a run that is known already.
         """
-        with self._lock:
-            if session.run in self._sessions:
-                raise JobError("this run is here already; begin another")
-            self._sessions[session.run] = session
         wake, woken = socket.socketpair()
-        wake.setblocking(False)
+        with wake, woken:
+            wake.setblocking(False)
+            with self._lock:
+                if session.run in self._sessions:
+                    raise JobError("this run is here already; begin another")
+                self._sessions[session.run] = session
+            self._serve(session, sock, wake, woken)
+
+    def _serve(
+        self, session: Supervised, sock: ssl.SSLSocket, wake: socket.socket, woken: socket.socket
+    ) -> None:
         ticket: Ticket | None = None
 
         def changed() -> None:
@@ -114,9 +120,9 @@ class Workplace:
                 with telemetry.span("queue"):
                     try:
                         ticket = self.queue.enter(session.client, changed)
-                    except JobError as error:
-                        self.metrics.refused("limit" if "this client" in str(error) else "busy")
-                        raise
+                    except NoPlace as error:
+                        self.metrics.refused(error.word)
+                        raise JobError(str(error)) from None  # the class that others know it by
                     self.metrics.queued(self.queue.waiting)
                     self._wait_for_turn(ticket, session, sock, woken)
                 self._work(session, sock, span.context)
@@ -130,8 +136,6 @@ class Workplace:
             if ticket is not None:
                 self.queue.leave(ticket)
             self.metrics.queued(self.queue.waiting)
-            wake.close()
-            woken.close()
 
     def end(self, patience_s: float) -> None:
         """End every session; their processes are gone when this returns."""
@@ -167,6 +171,7 @@ class Workplace:
         started = time.monotonic()
         pipe = self._begin(session, sock, trace)
         self.metrics.session_started(session.kind)
+        without = "crashed"  # what became of a worker that says nothing at its end
         try:
             self._say(sock, {"granted": True})
             _log.info(
@@ -179,9 +184,11 @@ class Workplace:
             while _hear(session, pipe, sock):
                 pass
         except _Left:
+            without = "cancelled"  # it is given a moment to end by itself, and is ended then
             pipe.send({"leave": "the client has left"})
         finally:
             self._finish(session, pipe)
+            session.outcome = session.outcome or without
             self.metrics.session_ended(
                 session.kind, session.outcome, time.monotonic() - started, session.spent
             )
@@ -248,6 +255,8 @@ class Workplace:
             revoked=sorted(settings.revoked),
             threads=self.threads,
             arrive_s=min(session.wait_s, settings.wait_s) + self.cluster.limits.connect_s,
+            longest_s=settings.longest_s,
+            memory_mb=settings.session_mb,
             log=self.log,
             trace=trace,
         )
@@ -259,7 +268,6 @@ class Workplace:
             if time.monotonic() >= deadline:
                 _kill(session)
                 deadline += _GRACE_S
-        session.outcome = session.outcome or "crashed"
         with self._lock:
             session.pipe = None
             self._empty.notify_all()

@@ -97,13 +97,10 @@ REASONS = frozenset(
         "deadline",  # it waited too long, or was too slow to say what it wants
         "limit",  # this client already has as many sessions as it may
         "malformed",  # not our protocol
-        "model",  # there is no such model, or not for this client
-        "policy",  # a program, plan or output that the owner did not approve
         "revoked",  # the certificate is on the operator's list
         "role",  # a client asked for an owner's right, or the other way round
         "run",  # a connection for a run that was not granted
         "stopping",  # the party is about to end
-        "storage",  # the store is full or cannot be read
         "version",  # another release
     }
 )

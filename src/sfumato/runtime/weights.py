@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,13 @@ def file_head(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
 
 def stored(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """Write weights into the folder under their content's digest; returns the name for :func:`opened`."""
-    scratch = folder / "weights.part"
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}, scratch)
-    name = _digest(scratch)
-    scratch.replace(folder / f"{name}.safetensors")
+    scratch = folder / f"{secrets.token_hex(8)}.part"  # sessions of one cluster write here at the same time
+    try:
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}, scratch)
+        name = _digest(scratch)
+        scratch.replace(folder / f"{name}.safetensors")
+    finally:
+        scratch.unlink(missing_ok=True)
     return name
 
 

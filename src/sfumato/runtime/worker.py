@@ -4,7 +4,6 @@ machine. When the process ends, the shares are gone."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import socket
@@ -14,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from sfumato.runtime.commands import Call, Close, Command, digest, from_message
 from sfumato.runtime.control import as_raised
 from sfumato.runtime.forkserver import Job
 from sfumato.runtime.handshake import agree, compare_digests, run_terms
+from sfumato.runtime.memory import bound_memory, hold_memory
 from sfumato.runtime.passing import Pipe
 from sfumato.runtime.wire import MessageStream
 
@@ -47,6 +47,7 @@ _MAX_GREETINGS = 8
 _START_S = 30.0
 _LAST_WORDS_S = 0.5
 _LINGER_S = 1.0
+_OVERTIME_S = 5.0  # for a session whose time is up to end by itself
 
 
 class Machine(Protocol):
@@ -70,6 +71,9 @@ def public_reason(error: BaseException, party: int) -> tuple[str, str, int]:
         return error.reason, error.kind, error.origin
     if isinstance(error, SfumatoError):
         return public_text(str(error)), type(error).__name__, party
+    if isinstance(error, MemoryError):
+        reason = f"party {party} has no memory left for this session; ask for less, or its operator for more"
+        return reason, "JobError", party
     return f"internal error in party {party} ({type(error).__name__})", "SfumatoError", party
 
 
@@ -84,7 +88,8 @@ def serve(pipe: Pipe, make_machine: MachineFactory) -> None:
     job = Job(**{name: value for name, value in message[0].items() if name != "descriptors"})
     telemetry.configure_logging(job.log)
     telemetry.configure_tracing()
-    _hold_memory()
+    hold_memory()
+    bound_memory(job.memory_mb)
     if job.threads:
         torch.set_num_threads(job.threads)
     worker = _Worker(pipe, job, make_machine)
@@ -93,6 +98,14 @@ def serve(pipe: Pipe, make_machine: MachineFactory) -> None:
     pipe.send(report)
     worker.linger()
     telemetry.flush()
+
+
+class _End(NamedTuple):
+    """Why a session must end, whatever it is doing."""
+
+    reason: str
+    kind: str
+    outcome: str
 
 
 class _Worker:
@@ -107,7 +120,7 @@ class _Worker:
         self._arrivals = threading.Condition()
         self._arrived: dict[int, ssl.SSLSocket | None] = {}  # None once it is taken
         self._greetings = threading.BoundedSemaphore(_MAX_GREETINGS)
-        self._leaving = ""
+        self._leaving: _End | None = None
         self._links: list[TlsLink] = []
         self._calls = 0
         self._started = time.monotonic()
@@ -120,30 +133,61 @@ class _Worker:
         while (message := self._pipe.receive()) is not None:
             fields, descriptors = message
             if "leave" in fields:
-                self._leave(str(fields["leave"]))
+                self._leave(_End(str(fields["leave"]), "LinkError", "cancelled"), CLIENT)
             for descriptor in descriptors:
-                raw = socket.socket(fileno=descriptor)
-                if self._greetings.acquire(blocking=False):
-                    threading.Thread(
-                        target=self._greet, args=(raw,), name="sfumato-greet", daemon=True
-                    ).start()
-                else:
-                    raw.close()
+                self._take(descriptor)
         # The supervisor is gone or stops: nothing of the session may outlive it.
-        last_words = threading.Thread(
-            target=self._leave, args=(f"party {self.index} was stopped",), daemon=True
-        )
-        last_words.start()
-        last_words.join(_LAST_WORDS_S)
-        os._exit(1)
+        end = _End(f"party {self.index} was stopped", "LinkError", "cancelled")
+        try:
+            last_words = threading.Thread(target=self._leave, args=(end, self.index), daemon=True)
+            last_words.start()
+            last_words.join(_LAST_WORDS_S)
+        finally:
+            os._exit(1)
 
-    def _leave(self, reason: str) -> None:
+    def _take(self, descriptor: int) -> None:
+        """Greet a caller, in a thread of its own."""
+        raw = None
+        try:
+            raw = socket.socket(fileno=descriptor)
+            if not self._greetings.acquire(blocking=False):
+                raw.close()
+                return
+            try:
+                threading.Thread(target=self._greet, args=(raw,), name="sfumato-greet", daemon=True).start()
+            except BaseException:
+                self._greetings.release()
+                raise
+        except (OSError, RuntimeError, MemoryError) as error:  # the session goes on with whom it has
+            if raw is not None:
+                raw.close()
+            extra = self._facts(error=error)
+            _log.warning("party %d could not greet a caller", self.index, extra=extra)
+
+    def _leave(self, end: _End, origin: int) -> None:
+        """End the session at all its links, also while it computes."""
         with self._arrivals:
-            self._leaving = reason
+            self._leaving = self._leaving or end
             links = list(self._links)
             self._arrivals.notify_all()
         for link in links:
-            link.abort(reason, origin=CLIENT if "client" in reason else self.index)
+            link.abort(end.reason, kind=end.kind, origin=origin)
+
+    def _watch_time(self) -> None:
+        """End a session that runs too long: what it computes now ends with the next exchange, or with its process."""
+        time.sleep(self.job.longest_s)
+        reason = f"party {self.index} lets a session run for {self.job.longest_s:g} s, and this one has; begin another"
+        self._leave(_End(reason, "JobError", "expired"), self.index)
+        time.sleep(_OVERTIME_S)
+        _log.warning(
+            "party %d ends session %s: %s",
+            self.index,
+            self.job.run[:8],
+            reason,
+            extra=self._facts(**self._at),
+        )
+        self._pipe.send({"outcome": "expired", "seconds": self._seconds(), "spent": {}})
+        os._exit(1)
 
     def _greet(self, raw: socket.socket) -> None:
         try:
@@ -194,6 +238,8 @@ class _Worker:
         outcome, sent = "done", 0
         try:
             to_client = self._link({CLIENT: self._arrival(CLIENT, self.job.arrive_s, None)})
+            if self.job.longest_s:  # from here: before, the client may wait for its turn at another party
+                threading.Thread(target=self._watch_time, name="sfumato-time", daemon=True).start()
             if self.job.kind == "share":
                 self._share(to_client)
             else:
@@ -214,7 +260,7 @@ class _Worker:
                 machine.close()
         if to_peers is not None:
             sent = sum(to_peers.payload_bytes().values())
-        seconds = time.monotonic() - self._started
+        seconds = self._seconds()
         _log.info(
             "party %d ended session %s after %.1f s",
             self.index,
@@ -228,15 +274,17 @@ class _Worker:
     def _failed(self, error: BaseException) -> str:
         """Tell everybody why; how the session ended, in a word."""
         reason, kind, origin = public_reason(error, self.index)
-        if self._leaving:
-            reason, kind = self._leaving, "LinkError"
+        if (
+            self._leaving is not None and kind == "LinkError"
+        ):  # its links were closed for that; else it had failed before
+            reason, kind = self._leaving.reason, self._leaving.kind
         run, extra = (
             self.job.run[:8],
             self._facts(
                 **self._at,
                 error=as_raised(error) if isinstance(error, SfumatoError) else error,
                 origin="client" if origin == CLIENT else origin,
-                seconds=time.monotonic() - self._started,
+                seconds=self._seconds(),
             ),
         )
         if isinstance(error, SfumatoError):
@@ -245,7 +293,9 @@ class _Worker:
             _log.error("party %d ends session %s: %s", self.index, run, _traced(error), extra=extra)
         for link in reversed(self._links):  # the peers first: they find out by the client else
             link.abort(reason, kind=kind, origin=origin)
-        if self._leaving or origin == CLIENT or reason.startswith(peer_name(CLIENT)):
+        if self._leaving is not None:
+            return self._leaving.outcome
+        if origin == CLIENT or reason.startswith(peer_name(CLIENT)):
             waited = "did not call" in reason or "sent nothing" in reason
             return "expired" if waited else "cancelled"
         return "lost" if kind == "LinkError" else "failed"
@@ -253,6 +303,9 @@ class _Worker:
     def _facts(self, **more: Any) -> dict[str, Any]:
         """What a line about this session says to a log store, as ``extra`` of the logger."""
         return {"facts": {"party": self.index, "run": self.job.run[:8], "kind": self.job.kind, **more}}
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def linger(self) -> None:
         """Leave the peers a moment to read what was said last: a closed socket may take it back."""
@@ -265,8 +318,8 @@ class _Worker:
         with self._arrivals:
             self._links.append(link)
             leaving = self._leaving
-        if leaving:
-            raise LinkError(leaving)
+        if leaving is not None:
+            raise LinkError(leaving.reason)
         return link
 
     def _arrival(self, who: int, timeout_s: float, to_client: TlsLink | None) -> ssl.SSLSocket:
@@ -274,8 +327,8 @@ class _Worker:
         deadline = time.monotonic() + timeout_s
         with self._arrivals:
             while (sock := self._arrived.get(who)) is None:
-                if self._leaving:
-                    raise LinkError(self._leaving)
+                if self._leaving is not None:
+                    raise LinkError(self._leaving.reason)
                 if to_client is not None and (lost := to_client.problems(0.0)):
                     raise lost[0]
                 left_s = deadline - time.monotonic()
@@ -373,21 +426,3 @@ def _traced(error: BaseException) -> str:
         f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)
     ]
     return f"{type(error).__name__} at {' < '.join(reversed(frames))}"
-
-
-#: glibc's mallopt: parameter and value. One arena whose freed blocks are kept for the next tensor.
-_HOLD = {
-    "arena_max": (-8, 1),
-    "mmap_threshold": (-3, 32 << 20),
-    "trim_threshold": (-1, 512 << 20),
-    "top_pad": (-2, 16 << 20),
-}
-
-
-def _hold_memory() -> None:
-    """Keep freed memory instead of giving it back at once: fresh pages of large tensors cost more time than what is
-    computed on them. No more is held than was in use before; where there is no such setting, nothing changes."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _HOLD.values():
-            mallopt(parameter, value)

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sfumato.errors import JobError
 from sfumato.shell.cluster import cluster_app, party, status
-from sfumato.shell.command import CALIBRATE_ON, clean, prompts_in
+from sfumato.shell.command import CALIBRATE_ON, clean, for_file, for_picture, prompts_in
 from sfumato.shell.model import model_app
 from sfumato.shell.ui import ui
 
@@ -110,7 +109,9 @@ def demo(
     seed: Seed = 0,
     backend: BackendName = "local",
     profile: Profile = "precise",
-    model: Model = "embedded",
+    model: Annotated[
+        str, typer.Option(help="'embedded', a StableDiffusionPipeline folder, or a hub id.")
+    ] = "embedded",
     out: Annotated[Path, typer.Option(help="Folder for the image, the report and the pictures.")] = Path(
         "sfumato-demo"
     ),
@@ -160,7 +161,9 @@ def generate(
     profile: Profile = "precise",
     calibrate_on: CalibrateOn = None,
     backend: BackendName = "local",
-    out: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("image.png"),
+    out: Annotated[Path, typer.Option(help="Where the image goes; its ending names the format.")] = Path(
+        "image.png"
+    ),
     report: Annotated[Path | None, typer.Option(help="Also write the cost report, as JSON, here.")] = None,
 ) -> None:
     """Draw an image privately.
@@ -172,8 +175,9 @@ def generate(
     With three hosts: `sfumato generate "a boat" --cluster ours/client/cluster.toml`, and with a model that its owner
     shared with them: `--model cluster:NAME`
     """
-    if not out.parent.is_dir():
-        raise JobError(f"there is no folder {out.parent} for the image")
+    for_picture(out)
+    if report is not None:
+        for_file(report, "report")
     import torch
 
     from sfumato.shell.pictures import pictures

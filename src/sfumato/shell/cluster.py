@@ -189,7 +189,8 @@ def _warnings(found: list[dict[str, Any]]) -> list[str]:
     lines = []
     for index, row in enumerate(found):
         if not row["reachable"]:
-            lines.append(f"party {index}: {row['problem']}")
+            named = row["problem"].startswith(f"party {index} ")
+            lines.append(row["problem"] if named else f"party {index}: {row['problem']}")
             continue
         for part, words in _PARTS.items():
             if row.get(part) is not True:

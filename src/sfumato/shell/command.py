@@ -1,8 +1,9 @@
-"""What several commands share: errors, and the file of prompts."""
+"""What several commands share: errors, the file of prompts, and where results may go."""
 
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from sfumato.errors import JobError, SfumatoError
 
-__all__ = ["CALIBRATE_ON", "clean", "prompts_in"]
+__all__ = ["CALIBRATE_ON", "clean", "for_file", "for_folder", "for_picture", "prompts_in"]
 
 #: Help of the option whose file `prompts_in` reads.
 CALIBRATE_ON = "Prompts to measure ranges on, one a line; not secret. [default: built-in ones]"
@@ -53,3 +54,44 @@ def prompts_in(file: Path | None) -> list[str] | None:
     if not prompts:
         raise JobError(f"{file} has no prompt; write one on each line")
     return prompts
+
+
+# ---- where results go: looked at before any work ------------------------------------------------------------
+
+
+def for_file(path: Path, what: str) -> None:
+    """Raises:
+    JobError: no file can be written there."""
+    if not path.parent.is_dir():
+        raise JobError(f"there is no folder {path.parent} for the {what}")
+    if path.is_dir():
+        raise JobError(f"{path} is a folder; name a file in it for the {what}")
+
+
+def for_picture(path: Path) -> None:
+    """Raises:
+    JobError: no picture can be written there, or its ending names no format that can be."""
+    import PIL.Image
+
+    for_file(path, "image")
+    try:
+        # Formats that can be read alone, or that need a library which is not there, show only when they are written.
+        PIL.Image.new("RGB", (8, 8)).save(
+            io.BytesIO(), PIL.Image.registered_extensions()[path.suffix.lower()]
+        )
+    except (KeyError, OSError, ValueError):
+        raise JobError(
+            f"{path} names no picture format that can be written; let it end in .png or .jpg"
+        ) from None
+
+
+def for_folder(path: Path, what: str) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        JobError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"cannot make the folder {path} for the {what} ({error.strerror})") from None

@@ -12,7 +12,10 @@ from rich.console import Console
 
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.diffusion.seen import blocks_of, share_picture
+from sfumato.errors import JobError
+from sfumato.runtime.names import shared_name
 from sfumato.shell import report as pages
+from sfumato.shell.command import for_folder
 from sfumato.zoo import RECOMMENDED_GUIDANCE
 
 __all__ = ["Demo", "run_demo"]
@@ -35,7 +38,17 @@ class Demo:
 
 
 def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
-    """Draw the image privately and in the clear, compare, and write everything into ``demo.out``."""
+    """Draw the image privately and in the clear, compare, and write everything into ``demo.out``.
+
+    Raises:
+        JobError: a shared model, which cannot be run in the clear; or the folder cannot be made.
+    """
+    if shared_name(demo.model) is not None:
+        raise JobError(
+            f"the demo compares with the model in the clear, and the weights of {demo.model} are at the parties alone; "
+            "use sfumato generate --cluster FILE"
+        )
+    for_folder(demo.out, "demo")
     pipe = SecurePipeline.from_pretrained(demo.model, backend=demo.backend, profile=demo.profile)
     where = {"local": "three processes, TLS 1.3 with certificates on both sides"}.get(
         demo.backend, demo.backend
@@ -72,7 +85,6 @@ def run_demo(demo: Demo, console: Console) -> dict[str, Any]:
         "seconds": f"{report.seconds:.2f}",
         "seconds a step": f"{sum(report.steps) / len(report.steps):.2f}",
     }
-    demo.out.mkdir(parents=True, exist_ok=True)
     enlarged(pipe, image).save(demo.out / "image.png")
     pages.save_panels(
         demo.out / "comparison.png",

@@ -73,11 +73,13 @@ class Run:
         self.cancelled = False
         self._stop, self._done = threading.Event(), threading.Event()
         self._phase, self._step = "waiting", 0
+        self._steps = settings.steps  # some schedulers take one more, or twice as many
         self._step_s: float | None = None  # expected, then measured
         self._step_began = time.monotonic()
 
     def cancel(self) -> None:
-        """End as soon as the current step is over."""
+        """End as soon as the current step is over, with nothing opened. After the last step it is too late: the image
+        is being opened, and the run comes to its end."""
         self._stop.set()
 
     def wait(self, timeout_s: float) -> bool:
@@ -94,9 +96,9 @@ class Run:
         left = None
         if self._step_s is not None and self._phase in ("drawing", "starting"):
             spent = time.monotonic() - self._step_began if self._phase == "drawing" else 0.0
-            left = max(0.0, self._step_s * (self.settings.steps - self._step) - min(spent, self._step_s))
-        phase = "cancelling" if self._stop.is_set() else self._phase
-        return Progress(phase=phase, step=self._step, steps=self.settings.steps, left_s=left)
+            left = max(0.0, self._step_s * (self._steps - self._step) - min(spent, self._step_s))
+        phase = "cancelling" if self._stop.is_set() and self._phase != "opening" else self._phase
+        return Progress(phase=phase, step=self._step, steps=self._steps, left_s=left)
 
     # ---- for the studio ------------------------------------------------------------------------------------
 
@@ -111,18 +113,16 @@ class Run:
         self._step_s = step_s
 
     def stepped(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """`callback_on_step_end` of the pipeline: opens nothing."""
+        """`callback_on_step_end` of the pipeline: opens nothing. A run that is to end is left by its exception, so that
+        the session closes before anything is opened; ``pipe.interrupt`` would open what there is."""
         now = time.monotonic()
         if self._step:  # the first step also loads the weights
             took = now - self._step_began
             known = self._step_s if self._step > 1 else None
             self._step_s = took if known is None else 0.7 * known + 0.3 * took
         self._step_began = now
-        self._step = step + 1
-        if self._stop.is_set():
-            pipe.interrupt = True
-        else:
-            self._phase = "opening" if self._step == self.settings.steps else "drawing"
+        self._step, self._steps = step + 1, pipe.num_timesteps
+        self.enter("opening" if self._step == self._steps else "drawing")
         return {}
 
     def check(self) -> None:
@@ -182,12 +182,14 @@ class Studio:
     # ---- sessions ------------------------------------------------------------------------------------------
 
     def session(self, name: str) -> Session:
-        """The session of a browser, by the name in its cookie; the oldest idle ones are forgotten."""
+        """The session of a browser, by the name in its cookie; the oldest idle ones are forgotten, and none that
+        draws."""
         with self._guard:
             found = self._sessions.setdefault(name, Session())
             self._sessions.move_to_end(name)
-            while len(self._sessions) > _SESSIONS:
-                self._sessions.popitem(last=False)
+            idle = [other for other, known in self._sessions.items() if other != name and not known.busy]
+            for other in idle[: max(0, len(self._sessions) - _SESSIONS)]:
+                del self._sessions[other]
             return found
 
     @property
@@ -301,7 +303,6 @@ class Studio:
             generator=torch.Generator().manual_seed(settings.seed),
             callback_on_step_end=run.stepped,
         )
-        run.check()
         report = output.report
         self._rates[settings.key] = report.seconds / max(1, report.total_bytes)
         shares = tuple(png_of(share_picture(share)) for share in pipe.last_shares)

@@ -212,7 +212,7 @@ class _Page:
         if run is not None:
             progress = run.progress()
             frame, spoken, phase = view.running(progress), view.spoken(progress), "runs"
-            if progress.phase == "cancelling":
+            if progress.phase in ("cancelling", "opening"):  # it ends by itself now
                 phase = "ends"
         else:
             frame = view.idle(session.cancelled)
