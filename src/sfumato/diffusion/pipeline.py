@@ -170,8 +170,8 @@ class SecurePipeline(Surface):
     def from_pipe(cls, pipe: Any, **options: Any) -> Self:
         """The same from a diffusers pipeline in memory, with its loaded LoRAs, textual inversions and safety checker.
 
-        The given pipeline stays as it is; float32 weights are shared with it, others are widened in copies. So what writes
-        into weights, such as ``fuse_lora`` on either, changes both.
+        The given pipeline stays as it is; float32 weights are shared with it, others are widened in copies. So what
+        writes into weights, such as ``fuse_lora`` on either, changes both.
 
         Raises:
             JobError: one sentence on what is not served.
