@@ -1,4 +1,4 @@
-"""What every test shares: no network, two threads, the data folder, and no skip that nobody expected."""
+"""What every test shares: no network, one thread, the data folder, and no skip that nobody expected."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
-# Several test processes share the cores; threads of torch that wait for each other would spin on them.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch and numpy: on tensors as small as the tests', threads that wait for each other cost more than they give, and
+# several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 
