@@ -12,8 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
-# Before torch and numpy: on tensors as small as the tests', threads that wait for each other cost more than they give, and
-# several test processes share the cores.
+# Before torch and numpy: on tensors as small as the tests', threads that wait for each other cost more than they give,
+# and several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
