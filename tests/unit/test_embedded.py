@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from sfumato.zoo import embedded_path
 from sfumato.zoo.judge import Judge, load_judge, save_judge
@@ -146,3 +147,11 @@ def test_load_split_pads_and_numbers(tmp_path: Path) -> None:
     assert split.images.shape == (6, 1, 32, 32)
     assert split.labels.tolist() == [0, 4, 9, 10, 14, 19]
     assert int(split.images.sum()) == 6 * 28 * 28 * 9
+
+
+def test_built_in_prompts_for_ranges_are_short_enough_for_it() -> None:
+    """Longer ones are cut, with a remark of transformers' in the middle of somebody's run."""
+    from sfumato.diffusion.calibrate import PROMPTS
+
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_path() / "tokenizer")
+    assert [text for text in PROMPTS if len(tokenizer(text).input_ids) > tokenizer.model_max_length] == []

@@ -47,7 +47,7 @@ PROMPTS = (
     "",
     "the digit four",
     "a leather bag",
-    "a bowl of fruit on a table",
+    "a bowl of fruit",
     "a photo of a shirt",
     "a red bus in the city",
     "number 1",
