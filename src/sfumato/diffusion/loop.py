@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from sfumato.diffusion.correction import Correction
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.request import Generators
 from sfumato.diffusion.schedule import KINDS, Schedule, Step, Sum
@@ -32,13 +33,16 @@ def call_kwargs(
     return given if extra is None else {**given, "extra": extra}
 
 
-def guided_terms(handle: str, coefficient: float, batch: int, guidance: float | None) -> list[Term]:
-    """coefficient * (u + g (c - u)) of an output that holds u, then c; the output itself without guidance."""
+def guided_terms(
+    handle: str, coefficient: float, batch: int, guidance: float | None, pull: float = 0.0
+) -> list[Term]:
+    """coefficient * (u + g (c - u) - pull c) of an output that holds u, then c; of the output c itself without
+    guidance."""
     if guidance is None:
-        return [Term(handle, coefficient)]
+        return [Term(handle, coefficient * (1.0 - pull))]
     return [
         Term(handle, coefficient * (1.0 - guidance), 0, batch),
-        Term(handle, coefficient * guidance, batch, 2 * batch),
+        Term(handle, coefficient * (guidance - pull), batch, 2 * batch),
     ]
 
 
@@ -49,6 +53,8 @@ class Denoising:
     ``guidance``: None where the plan's batch is that of the latents. ``embeds``: the text's embeddings, or the
     handle under which the parties hold them. Values of the client (text keys and values) are shared when they
     change, so once.
+
+    ``correction``: public, and so known to the parties.
 
     The parties run the plan ``clip`` where the schedule clamps, and ``blend`` where a ``picture`` has a mask.
     """
@@ -61,6 +67,7 @@ class Denoising:
     guidance: float | None
     generator: Generators = None
     picture: Picture | None = None
+    correction: Correction | None = None
     seconds: list[float] = field(default_factory=list)
     _put: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     _count: int = 0
@@ -115,7 +122,10 @@ class Denoising:
         """The next sample from what the parties hold, and from noise that the client draws."""
         held = self._held
         if step.clip is not None:
-            self.backend.affine(f"estimate{k}", self._terms(k, step.clip.value), f"estimate{k}")
+            value = step.clip.value
+            self.backend.affine(
+                f"estimate{k}", self._terms(k, value), f"estimate{k}", constant=self._added(k, value)
+            )
             held["clipped"][k] = f"clipped{k}"
             self.backend.call("clip", f"clip{k}", {"value": f"estimate{k}"}, {}, [held["clipped"][k]])
             self.backend.drop(f"estimate{k}")
@@ -126,16 +136,27 @@ class Denoising:
                 noised.append(self._share(f"noise{k}", noise * step.result.noise))
         terms += [Term(handle, 1.0) for handle in noised]
         held["samples"][k + 1] = held["returned"][k + 1] = f"sample{k + 1}"
-        self.backend.affine(f"sample{k + 1}", terms, f"sampler{k}")
+        self.backend.affine(f"sample{k + 1}", terms, f"sampler{k}", constant=self._added(k, step.result))
         self.backend.drop(*noised)
 
     def _terms(self, k: int, total: Sum) -> list[Term]:
         terms: list[Term] = []
         for kind, age, c in total.terms():
             handle = self._held[kind][k - age]
-            guidance = self._weights[k - age] if kind == "outputs" else None
-            terms += guided_terms(handle, c, self._shape[0], guidance)
+            if kind == "outputs":
+                pull = 0.0 if self.correction is None else self.correction.pulls[k - age]
+                terms += guided_terms(handle, c, self._shape[0], self._weights[k - age], pull)
+            else:
+                terms.append(Term(handle, c))
         return terms
+
+    def _added(self, k: int, total: Sum) -> Tensor | None:
+        """What the correction adds to a sum, through each of the outputs in it."""
+        if self.correction is None:
+            return None
+        additions = self.correction.additions
+        parts = [additions[k - age].to(torch.float64) * c for age, c in total.outputs.items()]
+        return torch.stack(parts).sum(0) if parts else None
 
     def _share_picture(self) -> None:
         """What the picture's kept part needs, once."""

@@ -360,6 +360,7 @@ class SecurePipeline(Surface):
             prepared.guidance,
             request.generator,
             prepared.picture,
+            request.correction,
         )
         if not silent:
             self._tell(prepared)

@@ -15,6 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from sfumato.diffusion.correction import Correction
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.prompts import embeddings
@@ -84,6 +85,7 @@ class Request:
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ()
+    correction: Correction | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -143,6 +145,11 @@ class Request:
         ):
             if not is_real(number) or not math.isfinite(number):
                 raise JobError(f"{name} must be a finite number, not {number!r}")
+        if self.correction is not None:
+            if not isinstance(self.correction, Correction):
+                raise JobError("correction must be a Correction (sfumato.diffusion.scores makes them)")
+            if self.guidance_rescale:
+                raise JobError("a correction and guidance_rescale cannot be used together; leave one out")
         if self.clip_skip is not None and (not is_whole(self.clip_skip) or self.clip_skip < 0):
             raise JobError(f"clip_skip must be a whole number of layers, not {self.clip_skip!r}")
 
@@ -280,6 +287,8 @@ def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     batch = request.prompts * request.num_images_per_prompt
     embeds, ids = embeddings(pipe, request, guided=guided, encode=encode)
     latents, picture = request.begin(pipe, schedule, batch)
+    if request.correction is not None:
+        request.correction.check(len(schedule.steps), latents.shape)
     return Prepared(
         pipe=pipe,
         request=request,

@@ -169,14 +169,24 @@ class Backend(ABC):
     def _call(self, command: Call) -> Sequence[Took]:
         return _took(self._command(command))
 
-    def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
-        """Public combination of handles with one truncation (none when all coefficients are whole)."""
+    def affine(
+        self,
+        handle: str,
+        terms: Sequence[Term],
+        path: str,
+        frac: int = 18,
+        *,
+        constant: Tensor | None = None,
+    ) -> None:
+        """Public combination of handles, of ``frac`` fraction bits, plus public reals, with one truncation (none when
+        all coefficients are whole). ``constant`` travels to each party in clear; between them it costs nothing."""
         whole = all(float(t.coefficient).is_integer() for t in terms)
         bits = 0 if whole else COEFFICIENT_FRAC
         words = tuple(
             commands.Term(t.handle, encode_scalar(t.coefficient, bits), t.start, t.stop) for t in terms
         )
-        self._command(Affine(handle, words, bits, path))
+        added = None if constant is None else encode(constant.to(self.device), Z64, frac + bits)
+        self._command(Affine(handle, words, bits, path, added))
         self._release(self._lineage.derive([handle], [t.handle for t in terms]))
 
     def reveal(self, handle: str) -> Tensor:
@@ -301,6 +311,8 @@ class Backend(ABC):
         )
         if isinstance(command, Call):
             size += self._parties * tensor_bytes(list(command.publics.values()))
+        if isinstance(command, Affine) and command.constant is not None:
+            size += self._parties * tensor_bytes([command.constant])
         if setup:
             self._setup_bytes += size
         elif count:

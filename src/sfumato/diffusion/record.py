@@ -1,0 +1,146 @@
+"""Offline records: the exact network's unconditional trajectory from a public seed, in the clear, kept on disk.
+
+No secret goes into a record: it depends on the weights, the scheduler, the null prompt and a public seed, so whoever
+has the weights makes it before a client asks (private-diffusion.md 1.4, OFFLINE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.loading import weights_digest
+from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.probe import probe_schedule
+from sfumato.diffusion.schedule import KINDS
+from sfumato.errors import JobError
+
+__all__ = ["Record", "record"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trajectory of T steps.
+
+    ``times``: T timesteps, falling. ``latents``: (T + 1, channels, height, width), from noise to the end, in the
+    scheduler's own scale. ``outputs``: (T, channels, height, width), of the network at ``latents[j]``, ``times[j]``.
+    """
+
+    times: tuple[float, ...]
+    latents: Tensor
+    outputs: Tensor
+
+    def at(self, time: float) -> int:
+        """The step at this timestep, or at the nearest one, at most half a step away.
+
+        Raises:
+            JobError: the trajectory does not come that near.
+        """
+        off = [abs(t - float(time)) for t in self.times]
+        nearest = min(range(len(off)), key=off.__getitem__)
+        gaps = [a - b for a, b in pairwise(self.times)]
+        if off[nearest] > max(gaps, default=0.0) / 2:
+            raise JobError(
+                f"a record from timestep {self.times[0]:g} to {self.times[-1]:g} does not pass {time:g}; take more of "
+                "its steps, or the grid that is aligned with it"
+            )
+        return nearest
+
+
+def record(
+    pipe: Any, seed: int, steps: int, *, height: int | None = None, width: int | None = None
+) -> Record:
+    """The record of ``seed`` over ``steps`` steps of the pipeline's scheduler, from disk or made now.
+
+    Raises:
+        JobError: the scheduler draws noise in its steps, or clamps: then its trajectory is not a function of the seed.
+    """
+    schedule = probe_schedule(pipe.scheduler, steps)
+    if any(step.draws or step.clip is not None for step in schedule.steps):
+        raise JobError(
+            "a record needs a scheduler that neither draws noise in its steps nor clips; use DDIM with eta 0"
+        )
+    shape = (
+        pipe.unet.config.in_channels,
+        (height or pipe.unet.config.sample_size * pipe.vae_scale_factor) // pipe.vae_scale_factor,
+        (width or pipe.unet.config.sample_size * pipe.vae_scale_factor) // pipe.vae_scale_factor,
+    )
+    with torch.no_grad():
+        null = pipe.encode_prompt([""], torch.device("cpu"), 1, False)[0].detach()
+    file = _file(pipe, seed, steps, shape, null)
+    known = _load(file)
+    if known is None:
+        known = _made(pipe, seed, schedule, shape, null)
+        _save(file, known)
+    return known
+
+
+def _made(pipe: Any, seed: int, schedule: Any, shape: tuple[int, ...], null: Tensor) -> Record:
+    folded, held = schedule.in_input_scale(), {kind: dict[int, Any]() for kind in KINDS}
+    scales = [step.input_scale for step in schedule.steps] + [1.0]
+    denoiser = Denoiser(pipe.unet, guided=False).eval()
+    source = torch.Generator().manual_seed(seed)
+    first = torch.randn((1, *shape), generator=source) * folded.init_sigma
+    held["samples"][0] = held["returned"][0] = first
+    for k, step in enumerate(folded.steps):
+        with torch.no_grad():
+            held["outputs"][k] = denoiser(
+                held["samples"][k].float(), **call_kwargs(folded.timesteps[k], null, None)
+            )
+        held["samples"][k + 1] = held["returned"][k + 1] = step.result.of(held, k)
+    latents = [held["samples"][k] / scales[k] for k in range(len(scales))]
+    outputs = [held["outputs"][k] for k in range(len(folded.steps))]
+    return Record(
+        tuple(float(t) for t in schedule.timesteps), torch.cat(latents).float(), torch.cat(outputs).float()
+    )
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------
+
+
+def _file(pipe: Any, seed: int, steps: int, shape: tuple[int, ...], null: Tensor) -> Path:
+    """A name that tells nothing but by its digest."""
+    config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    facts = {
+        "format": _FORMAT, "weights": weights_digest(pipe.unet), "scheduler": [type(pipe.scheduler).__name__, config],
+        "steps": steps, "seed": seed, "shape": list(shape),
+        "null": hashlib.blake2b(null.numpy().tobytes(), digest_size=16).hexdigest(),
+    }  # fmt: skip
+    name = hashlib.blake2b(
+        json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "records"
+    return folder / f"{name}.safetensors"
+
+
+def _load(file: Path) -> Record | None:
+    try:
+        found = load_file(file)
+        return Record(tuple(found["times"].tolist()), found["latents"], found["outputs"])
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def _save(file: Path, made: Record) -> None:
+    """Keep a record; a folder that cannot be written is no error."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}.part")
+        times = torch.tensor(made.times, dtype=torch.float64)
+        save_file({"times": times, "latents": made.latents, "outputs": made.outputs}, scratch)
+        scratch.replace(file)
+    except OSError:
+        return
