@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": MACHINERY | {"runtime"},
     "bench": MACHINERY | {"runtime"},
     "zoo": BASE,
+    "quality": BASE,
     "dp": BASE | {"zoo"},
     "diffusion": MACHINERY | {"runtime", "zoo"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
