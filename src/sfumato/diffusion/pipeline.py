@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfumato.diffusion.adapters import Kept, merged
+from sfumato.diffusion.correction import Correction
 from sfumato.diffusion.loading import check_pipeline, load_pipeline
 from sfumato.diffusion.loop import Denoising
 from sfumato.diffusion.parties import KeptParties
@@ -210,6 +211,7 @@ class SecurePipeline(Surface):
         clip_skip: int | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        correction: Correction | None = None,
         **more: Any,
     ) -> Any:
         """Images for a prompt, with diffusers' arguments, and the same image for the same generator.
@@ -248,6 +250,9 @@ class SecurePipeline(Surface):
             callback_on_step_end_tensor_inputs: what it is given: ``"latents"`` are opened to the client alone after
                 every step, which the report counts; ``"prompt_embeds"`` and ``"negative_prompt_embeds"`` are the
                 client's own. Nothing by default, where diffusers gives the latents.
+            correction: public tensors and weights that are added to the model's outputs (`sfumato.diffusion.scores` makes
+                them), at no cost between the parties. Not in diffusers. Public, and with it the first noise of a run that
+                starts from a record's.
 
         Returns:
             `SecureOutput` with ``images``, ``nsfw_content_detected`` (from the checkpoint's safety checker, at the
