@@ -250,9 +250,9 @@ class SecurePipeline(Surface):
             callback_on_step_end_tensor_inputs: what it is given: ``"latents"`` are opened to the client alone after
                 every step, which the report counts; ``"prompt_embeds"`` and ``"negative_prompt_embeds"`` are the
                 client's own. Nothing by default, where diffusers gives the latents.
-            correction: public tensors and weights that are added to the model's outputs (`sfumato.diffusion.scores` makes
-                them), at no cost between the parties. Not in diffusers. Public, and with it the first noise of a run that
-                starts from a record's.
+            correction: public tensors and weights that are added to the model's outputs, at no cost between the parties
+                (`sfumato.diffusion.scores` makes them; not in diffusers). Public, and with it the first noise of a run
+                that starts from a record's.
 
         Returns:
             `SecureOutput` with ``images``, ``nsfw_content_detected`` (from the checkpoint's safety checker, at the
