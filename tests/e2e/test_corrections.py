@@ -15,6 +15,7 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.pipeline import SecurePipeline
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.record import Record, record
+from sfumato.diffusion.samplers import sampler
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.scores import aligned, measured, rescheduled, scores
 from sfumato.errors import JobError
@@ -178,3 +179,29 @@ def test_what_does_not_fit_is_refused_before_work(pipe: SecurePipeline, known: R
     ancestral = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
     with pytest.raises(JobError, match="neither draws noise"):
         record(rescheduled(pipe._pipe, ancestral), SEED, FINE)
+
+
+@pytest.mark.parametrize("name", ["sdu", "usg", "dpm++"])
+def test_samplers_by_name(pipe: SecurePipeline, name: str) -> None:
+    """What `generate --sampler` runs is what it says, and its record is in the run's grid."""
+    scheduler, correction = sampler(pipe, name, STEPS, SEED)
+    other = SecurePipeline.from_pipe(rescheduled(pipe._pipe, scheduler), backend="plain")
+    other.set_progress_bar_config(disable=True)
+    found = other(**arguments(correction=correction)).images
+    assert float((found - in_clear(other, scheduler, correction)).abs().max()) < CLOSE
+    if name == "dpm++":
+        assert correction is None
+        return
+    assert correction is not None
+    first = times(scheduler)[0]
+    assert first == (times(pipe.scheduler, 50)[0] if name == "sdu" else times(pipe.scheduler)[0])
+
+
+def test_names_that_are_no_samplers(pipe: SecurePipeline) -> None:
+    with pytest.raises(JobError, match="no sampler 'magic'; use one of ddim"):
+        sampler(pipe, "magic", STEPS, SEED)
+    predicts_v = rescheduled(
+        pipe._pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    )
+    with pytest.raises(JobError, match="predicts noise"):
+        sampler(predicts_v, "sdu", STEPS, SEED)

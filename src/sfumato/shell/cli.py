@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sfumato.errors import JobError
 from sfumato.shell.cluster import cluster_app, party, status
 from sfumato.shell.command import CALIBRATE_ON, clean, for_file, for_picture, prompts_in
 from sfumato.shell.model import model_app
@@ -78,6 +79,12 @@ PublicComponent = Annotated[
     typer.Option(help="With secret weights: what stays in clear at the client (text_encoder, vae)."),
 ]
 Size = Annotated[int | None, typer.Option(help="In pixels. [default: the model's own]")]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        help="ddim, dpm++, unipc, euler, ..., or a corrected few-step run: sdu, usg. [default: the model's own]"
+    ),
+]
 CalibrateOn = Annotated[Path | None, typer.Option(help=CALIBRATE_ON, metavar="FILE")]
 
 
@@ -98,6 +105,27 @@ def _settings(model: str, steps: int | None, guidance: float | None) -> dict[str
             n: v for n, v in (("num_inference_steps", steps), ("guidance_scale", guidance)) if v is not None
         }
     return {"num_inference_steps": steps or 50, "guidance_scale": _guidance(model, guidance)}
+
+
+def _sampled(
+    pipe: Any,
+    name: str,
+    steps: int | None,
+    seed: int,
+    image: Path | None,
+    height: int | None,
+    width: int | None,
+) -> dict[str, Any]:
+    """Give the pipeline this sampler; further arguments of its call."""
+    from sfumato.diffusion.samplers import CORRECTED, sampler
+
+    if name in CORRECTED and (image is not None or steps is None or getattr(pipe, "unet", None) is None):
+        raise JobError(
+            f"--sampler {name} draws from noise, with a model whose weights are here; leave out --image and "
+            "cluster:NAME"
+        )
+    pipe.scheduler, correction = sampler(pipe, name, steps or 1, seed, height=height, width=width)
+    return {"correction": correction}
 
 
 @app.command()
@@ -142,6 +170,7 @@ def generate(
     model: Model = "embedded",
     steps: StepsOrOffer = None,
     guidance: Guidance = None,
+    sampler: Sampler = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from; it stays secret.")] = None,
     strength: Annotated[
@@ -194,10 +223,13 @@ def generate(
         backend=backend,
         calibration=prompts_in(calibrate_on),
     )
+    settings = _settings(model, steps, guidance)
+    if sampler is not None:
+        given |= _sampled(pipe, sampler, settings.get("num_inference_steps"), seed, image, height, width)
     output = pipe(
         prompt,
         negative_prompt=negative_prompt,
-        **_settings(model, steps, guidance),
+        **settings,
         **given,
         generator=torch.Generator().manual_seed(seed),
     )
