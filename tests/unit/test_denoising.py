@@ -79,9 +79,18 @@ class Floats:
         with torch.no_grad():
             self._keep(outputs[0], self.denoiser(sample, **publics).to(torch.float64))
 
-    def affine(self, handle: str, terms: Sequence[Term], path: str, frac: int = 18) -> None:
+    def affine(
+        self,
+        handle: str,
+        terms: Sequence[Term],
+        path: str,
+        frac: int = 18,
+        *,
+        constant: Tensor | None = None,
+    ) -> None:
         rows = [t.coefficient * self.values[t.handle][t.start : t.stop] for t in terms]
-        self._keep(handle, torch.stack(rows).sum(0))
+        total = torch.stack(rows).sum(0)
+        self._keep(handle, total if constant is None else total + constant)
 
     def reveal(self, handle: str) -> Tensor:
         return self.values[handle]
