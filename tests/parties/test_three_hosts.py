@@ -26,8 +26,10 @@ def _may_make_networks() -> bool:
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree")
-@pytest.mark.skipif(not _may_make_networks(), reason="network namespaces need root and iproute2")
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="not on this platform: needs the source tree")
+@pytest.mark.skipif(
+    not _may_make_networks(), reason="not on this platform: network namespaces need root and iproute2"
+)
 def test_the_readme_as_it_stands(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--keep", str(tmp_path)], capture_output=True, text=True, timeout=290
