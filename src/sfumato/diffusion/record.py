@@ -23,7 +23,8 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.probe import probe_schedule
-from sfumato.diffusion.schedule import KINDS
+from sfumato.diffusion.sampling import sample
+from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
 
 __all__ = ["Record", "record"]
@@ -88,23 +89,21 @@ def record(
     return known
 
 
-def _made(pipe: Any, seed: int, schedule: Any, shape: tuple[int, ...], null: Tensor) -> Record:
-    folded, held = schedule.in_input_scale(), {kind: dict[int, Any]() for kind in KINDS}
-    scales = [step.input_scale for step in schedule.steps] + [1.0]
-    denoiser = Denoiser(pipe.unet, guided=False).eval()
-    source = torch.Generator().manual_seed(seed)
-    first = torch.randn((1, *shape), generator=source) * folded.init_sigma
-    held["samples"][0] = held["returned"][0] = first
-    for k, step in enumerate(folded.steps):
-        with torch.no_grad():
-            held["outputs"][k] = denoiser(
-                held["samples"][k].float(), **call_kwargs(folded.timesteps[k], null, None)
-            )
-        held["samples"][k + 1] = held["returned"][k + 1] = step.result.of(held, k)
-    latents = [held["samples"][k] / scales[k] for k in range(len(scales))]
-    outputs = [held["outputs"][k] for k in range(len(folded.steps))]
+def _made(pipe: Any, seed: int, schedule: Schedule, shape: tuple[int, ...], null: Tensor) -> Record:
+    denoiser, seen = Denoiser(pipe.unet, guided=False).eval(), list[tuple[Tensor, Tensor]]()
+    first = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) * schedule.init_sigma
+    last = sample(
+        lambda z, t, text: denoiser(z, **call_kwargs(t, text, None)),
+        schedule,
+        first,
+        null,
+        None,
+        watch=lambda latents, output: seen.append((latents, output)),
+    )
     return Record(
-        tuple(float(t) for t in schedule.timesteps), torch.cat(latents).float(), torch.cat(outputs).float()
+        tuple(float(t) for t in schedule.timesteps),
+        torch.cat([*(latents for latents, _ in seen), last]).float(),
+        torch.cat([output for _, output in seen]).float(),
     )
 
 

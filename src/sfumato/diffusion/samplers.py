@@ -23,7 +23,7 @@ SAMPLERS = (*SCHEDULERS, *CORRECTED)
 
 
 def sampler(
-    pipe: Any, name: str | None, steps: int, seed: int, *, height: int | None = None, width: int | None = None
+    pipe: Any, name: str, steps: int, seed: int, *, height: int | None = None, width: int | None = None
 ) -> tuple[Any, Correction | None]:
     """(scheduler, correction) of one image of ``steps`` steps whose generator is seeded with ``seed``.
 
@@ -36,8 +36,6 @@ def sampler(
             corrected one needs.
     """
     own = pipe.scheduler
-    if name is None:
-        return own, None
     if name in SCHEDULERS:
         return getattr(diffusers, SCHEDULERS[name]).from_config(own.config), None
     if name not in CORRECTED:

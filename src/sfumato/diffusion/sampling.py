@@ -13,6 +13,8 @@ from sfumato.diffusion.schedule import KINDS, Schedule
 
 __all__ = ["Network", "sample"]
 
+#: Called at each step with the sample in the scheduler's own scale and the combined output.
+Watch = Callable[[Tensor, Tensor], None]
 #: (sample, timestep, text) -> outputs: the half without a prompt first where ``text`` has two halves.
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,6 +28,7 @@ def sample(
     *,
     correction: Correction | None = None,
     generator: torch.Generator | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Latents (images, channels, height, width) after all steps, in float64.
 
@@ -49,6 +52,8 @@ def sample(
         if correction is not None:
             combined = combined - correction.pulls[k] * towards + correction.additions[k]
         held["outputs"][k] = combined
+        if watch is not None:
+            watch(held["samples"][k] / schedule.steps[k].input_scale, combined)
         if step.clip is not None:
             held["clipped"][k] = step.clip.value.of(held, k).clamp(step.clip.low, step.clip.high)
         following = step.result.of(held, k)
