@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sfumato.diffusion.cache import keep, place
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.picture import Picture, blank_like, drawn_like
@@ -232,9 +231,7 @@ def cache_file(
     own = _of_text(prepared) if part == "text" else _of_denoising(prepared)
     settings = {"format": _FORMAT, "release": _release(), "weights": weights, **own}
     settings |= {"profile": profile, "secret": secret, "part": part, "prompts": list(prompts)}
-    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "calibration"
-    return folder / f"{name}.json"
+    return place("calibration", settings, ".json")
 
 
 def _of_text(prepared: Prepared) -> dict[str, Any]:
@@ -273,13 +270,8 @@ def load_cached(path: Path) -> Calibration | None:
 
 def save_cached(path: Path, calibration: Calibration) -> None:
     """Keep ranges; a folder that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.part")
-        scratch.write_text(json.dumps(calibration.to_json()), encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
-        return
+    text = json.dumps(calibration.to_json())
+    keep(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def _release() -> str:

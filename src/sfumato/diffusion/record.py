@@ -7,8 +7,6 @@ has the weights makes it before a client asks (private-diffusion.md 1.4, OFFLINE
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sfumato.diffusion.cache import keep, place
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
@@ -112,17 +111,13 @@ def _made(pipe: Any, seed: int, schedule: Schedule, shape: tuple[int, ...], null
 
 def _file(pipe: Any, seed: int, steps: int, shape: tuple[int, ...], null: Tensor) -> Path:
     """A name that tells nothing but by its digest."""
-    config = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
+    config = {k: str(v) for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     facts = {
         "format": _FORMAT, "weights": weights_digest(pipe.unet), "scheduler": [type(pipe.scheduler).__name__, config],
         "steps": steps, "seed": seed, "shape": list(shape),
         "null": hashlib.blake2b(null.numpy().tobytes(), digest_size=16).hexdigest(),
     }  # fmt: skip
-    name = hashlib.blake2b(
-        json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "records"
-    return folder / f"{name}.safetensors"
+    return place("records", facts, ".safetensors")
 
 
 def _load(file: Path) -> Record | None:
@@ -134,12 +129,6 @@ def _load(file: Path) -> Record | None:
 
 
 def _save(file: Path, made: Record) -> None:
-    """Keep a record; a folder that cannot be written is no error."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}.part")
-        times = torch.tensor(made.times, dtype=torch.float64)
-        save_file({"times": times, "latents": made.latents, "outputs": made.outputs}, scratch)
-        scratch.replace(file)
-    except OSError:
-        return
+    times = torch.tensor(made.times, dtype=torch.float64)
+    tensors = {"times": times, "latents": made.latents, "outputs": made.outputs}
+    keep(file, lambda scratch: save_file(tensors, scratch))
