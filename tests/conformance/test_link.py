@@ -22,7 +22,7 @@ from certificates import reissue
 
 from sfumato.errors import LinkError
 from sfumato.link.base import Frame, Link, PeerAbort, tag_of
-from sfumato.link.frames import DTYPE_CODES, HEADER_BYTES, Kind, pack_header
+from sfumato.link.frames import DTYPE_CODES, HEADER_BYTES, Kind, abort_payload, pack_header
 from sfumato.link.identity import (
     Credentials,
     answer,
@@ -311,6 +311,23 @@ def test_abort_overtakes_queued_frames_of_a_peer_that_does_not_read(clusters: li
     with pytest.raises(LinkError, match="party 0"):
         [receive(links[1], 0, A, timeout_s=10.0) for _ in range(5)]
     in_parallel(*(link.close for link in links))
+
+
+def test_last_words_are_heard_also_when_a_write_fails_first(clusters: list[Path]) -> None:
+    folder = clusters[0]
+    peer, sock = meet(folder / "party0", folder / "party1", HOSTS[1], party_identity(1))
+    link = TlsLink(1, {0: sock}, LIMITS)
+    with link._channels[0].reading:  # nothing is read yet
+        words = abort_payload("no room", "JobError", 0)
+        peer.sendall(pack_header(Kind.ABORT, 0, bytes(8), 0, len(words)) + words)
+        peer.close()
+        for _ in range(10):  # the first is answered by a reset, the others fail
+            link._channels[0].stage(pack_header(Kind.DATA, BYTES, A, 0, 1), b"x", 1)
+            link._channels[0].depart()
+            time.sleep(0.01)
+    with pytest.raises(PeerAbort, match="party 0 ended the run: no room"):
+        link.wait([(0, A, "more")], 5.0)
+    link.close()
 
 
 def test_sender_is_told_what_it_may_not_send(links: list[Any]) -> None:

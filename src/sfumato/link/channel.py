@@ -190,10 +190,11 @@ class Channel:
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 return False
             except (OSError, ValueError) as error:
-                if not isinstance(error, ConnectionError) or not self.reader.is_alive():
-                    self._fail_io(
-                        error
-                    )  # else the reader finds out, and may first find the peer's last words
+                # A write to a peer that is gone fails as an end of file where Python tells no errno. The reader finds
+                # out, too, and may first find the peer's last words.
+                gone = isinstance(error, (ConnectionError, ssl.SSLEOFError))
+                if not gone or not self.reader.is_alive():
+                    self._fail_io(error)
                 with self._changed:
                     self._outgoing.clear()
                     self.unsent, self._retry = 0, None
