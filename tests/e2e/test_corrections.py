@@ -56,6 +56,12 @@ def arguments(**more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def null(pipe: SecurePipeline) -> Tensor:
+    with torch.no_grad():
+        text: Tensor = pipe._pipe.encode_prompt([""], torch.device("cpu"), 1, False)[0]
+    return text
+
+
 def in_clear(pipe: SecurePipeline, scheduler: Any, correction: Correction | None) -> Tensor:
     """The same run in float."""
     denoiser = Denoiser(pipe.unet, guided=True).eval()
@@ -80,7 +86,9 @@ def test_a_corrected_run(pipe: SecurePipeline, known: Record, kind: str) -> None
     other.set_progress_bar_config(disable=True)
     at = times(scheduler)
     correction = (
-        measured([known], other._pipe, other.plan(**arguments()), at)
+        measured(
+            [known], Denoiser(other.unet, guided=False).eval(), null(other), other.plan(**arguments()), at
+        )
         if kind == "measured"
         else scores([known], scheduler, at, Pull(eta=0.3), kind[-1])
     )
@@ -184,7 +192,8 @@ def test_what_does_not_fit_is_refused_before_work(pipe: SecurePipeline, known: R
 @pytest.mark.parametrize("name", ["sdu", "usg", "dpm++"])
 def test_samplers_by_name(pipe: SecurePipeline, name: str) -> None:
     """What `generate --sampler` runs is what it says, and its record is in the run's grid."""
-    scheduler, correction = sampler(pipe, name, STEPS, SEED)
+    chosen = sampler(pipe, name, STEPS, SEED)
+    scheduler, correction = chosen.scheduler, chosen.correction
     other = SecurePipeline.from_pipe(rescheduled(pipe._pipe, scheduler), backend="plain")
     other.set_progress_bar_config(disable=True)
     found = other(**arguments(correction=correction)).images
@@ -198,7 +207,7 @@ def test_samplers_by_name(pipe: SecurePipeline, name: str) -> None:
 
 
 def test_names_that_are_no_samplers(pipe: SecurePipeline) -> None:
-    with pytest.raises(JobError, match="no sampler 'magic'; use one of ddim"):
+    with pytest.raises(JobError, match="no sampler 'magic'; use one of auto, ddim"):
         sampler(pipe, "magic", STEPS, SEED)
     predicts_v = rescheduled(
         pipe._pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")

@@ -13,7 +13,7 @@ from sfumato.zoo.judge import Judge, load_judge
 from sfumato.zoo.train.data import load_split
 from sfumato.zoo.train.evaluate import draw
 
-JUDGE = Path(__file__).resolve().parents[1] / "data" / "judge.safetensors"
+JUDGE = embedded_path().parent / "weights" / "judge.safetensors"
 SEEDS = range(4)
 SHIRT = 16
 

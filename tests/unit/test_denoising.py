@@ -120,7 +120,7 @@ def drawn(pipe: Any, observe: Any = None, **arguments: Any) -> tuple[Tensor, Flo
     guidance = prepared.request.guidance_scale if prepared.guided else None
     denoising = Denoising(
         session,  # type: ignore[arg-type]
-        SimpleNamespace(),  # type: ignore[arg-type]
+        {"unet": SimpleNamespace()},  # type: ignore[dict-item]
         prepared.schedule,
         prepared.embeds,
         prepared.condition,

@@ -35,8 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "dp": BASE | {"zoo"},
     "diffusion": MACHINERY | {"runtime", "zoo"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
+    "study": MACHINERY | {"runtime", "zoo", "quality", "diffusion"},
     "ui": MACHINERY | {"runtime", "zoo", "diffusion"},
-    "shell": MACHINERY | {"runtime", "api", "bench", "zoo", "dp", "diffusion", "catalogue", "ui"},
+    "shell": MACHINERY
+    | {"runtime", "api", "bench", "zoo", "dp", "diffusion", "catalogue", "ui", "study", "quality"},
 }
 
 

@@ -77,6 +77,12 @@ PROFILES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "softmax": "sdu.softmax", "layer_norm": "sdu.layer-norm",
             }
         ),
+        "sdu-doubted": _profile(
+            **{
+                **_CRYPTEN, "exp": "sdu.exp", "reciprocal": "sdu.reciprocal-d64", "rsqrt": "sdu.rsqrt-d4",
+                "gelu": "sdu.gelu", "softmax": "sdu.softmax-doubted", "layer_norm": "sdu.layer-norm",
+            }
+        ),
         "puma": _profile(
             **{
                 **_SPU, "exp": "puma.exp", "gelu": "puma.gelu", "silu": "puma.silu", "softmax": "puma.softmax",
@@ -86,6 +92,12 @@ PROFILES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             **{
                 **_SPU, "exp": "cipherdm.exp", "silu": "cipherdm.silu", "mish": "cipherdm.mish",
                 "softmax": "cipherdm.softmax",
+            }
+        ),
+        "cipherdm-mended": _profile(
+            **{
+                **_SPU, "exp": "cipherdm.exp-fixed", "silu": "cipherdm.silu-fixed",
+                "softmax": "cipherdm.softmax-even",
             }
         ),
         "bumblebee": _profile(

@@ -74,12 +74,13 @@ Sample = tuple[tuple[Tensor], dict[str, Any]]
 class Trajectories(NamedTuple):
     """``samples``: arguments of the denoiser, a list for each trajectory, which counts as one run; ``clips`` and
     ``blends``: those of a scheduler's clamp and of the blend with a picture; ``finals``: the latents at the end of
-    each."""
+    each; ``partial``: arguments of the denoiser's outer blocks, with the features that they took up."""
 
     samples: list[list[Sample]]
     clips: list[list[Sample]]
     blends: list[list[Sample]]
     finals: list[Tensor]
+    partial: list[list[Sample]]
 
 
 def trajectories(
@@ -98,7 +99,9 @@ def trajectories(
     one_s = _seconds(denoiser, prepared)
     longest = max(_SHORTEST, int(_BUDGET_S / (3 * one_s)))
     if len(prepared.schedule.steps) > longest:
-        prepared = replace(prepared, schedule=prepared.request.probed(pipe.scheduler, longest))
+        last = round(prepared.request.unguided_steps * longest / len(prepared.schedule.steps))
+        request = replace(prepared.request, unguided_steps=last)
+        prepared = replace(prepared, request=request, schedule=request.probed(pipe.scheduler, longest))
     steps, batch = len(prepared.schedule.steps), prepared.batch
     # Each trajectory costs its calls, then about twice that again to measure what was recorded.
     wanted = max(-(-len(prompts) // batch), _RUNS)
@@ -107,12 +110,12 @@ def trajectories(
     runs = max(1, min(wanted, int(_BUDGET_S / (calls * one_s))))
     kept = max(2, min(steps, _SAMPLES // runs))
     recorded = {round(i * (steps - 1) / max(kept - 1, 1)) for i in range(kept)}
-    found = Trajectories([], [], [], [])
+    found = Trajectories([], [], [], [], [])
     with tqdm(total=runs * steps, desc="calibrating", delay=2.0, disable=not progress, leave=False) as bar:
         for run in range(runs):
             text = _text(pipe, prepared, prompts, run)
             picture = None if whole is None else _picture(pipe, denoiser, whole, prompts, run)
-            for kind in found[:3]:
+            for kind in (found.samples, found.clips, found.blends, found.partial):
                 kind.append([])
             for k, sample in enumerate(_trajectory(denoiser, prepared, picture, text, run, found)):
                 if k in recorded:
@@ -149,7 +152,7 @@ def _picture(pipe: Any, denoiser: Denoiser, whole: Prepared, prompts: Sequence[s
     assert whole.picture is not None
     vae, factor, own = pipe.vae, pipe.vae_scale_factor, None
     if run % 2 == 0:
-        drawn = Trajectories([[]], [[]], [[]], [])
+        drawn = Trajectories([[]], [[]], [[]], [], [[]])
         text, blank = _text(pipe, whole, prompts, run + 3), blank_like(whole.picture, vae, factor)
         for _ in _trajectory(denoiser, whole, blank, text, run + 3, drawn):
             pass
@@ -167,22 +170,30 @@ def _trajectory(
 ) -> Iterator[Sample]:
     """The float trajectory of a group of prompts with the embeddings ``text``, with noise of its own, step by step, in
     the scale that the model sees; what happens between the steps, and its end, go to ``found``."""
-    schedule, guidance = prepared.schedule.in_input_scale(), prepared.guidance
+    schedule, guidance, ways = prepared.schedule.in_input_scale(), prepared.guidance, prepared.ways
     source = torch.Generator().manual_seed(7_000 + run)
     first = torch.randn(prepared.latents.shape, generator=source) * schedule.init_sigma
     if picture is not None and not picture.pure:
         first = picture.noised(schedule, 0)
     held: dict[str, dict[int, Tensor]] = {kind: {} for kind in KINDS}
+    features: Tensor | None = None
     held["samples"][0] = held["returned"][0] = first
     for k, step in enumerate(schedule.steps):
         extra = None if picture is None else picture.extra
         kwargs = call_kwargs(schedule.timesteps[k], text, prepared.condition, extra)
         yield (held["samples"][k],), kwargs
+        way = ways[k]
+        if way.partial:
+            kwargs = {**kwargs, "features": features}
+            found.partial[-1].append(((held["samples"][k],), kwargs))
         with torch.no_grad():
             output = denoiser(held["samples"][k], **kwargs)
+        if way.keeps:
+            output, features = output
         if guidance is not None:
             without, towards = output.chunk(2)
-            output = without + guidance * (towards - without)
+            weight = 1.0 if way.single and not way.known else guidance
+            output = without + weight * (towards - without)
         held["outputs"][k] = output
         if step.clip is not None:
             value = step.clip.value.of(held, k)
@@ -257,7 +268,14 @@ def _of_denoising(prepared: Prepared) -> dict[str, Any]:
         "picture": None
         if picture is None
         else [picture.pure, picture.mask is not None, picture.extra is not None, *schedule.noised],
+        **_cuts(prepared.request),
     }
+
+
+def _cuts(request: Any) -> dict[str, Any]:
+    """Cost cuts by which the trajectories differ from those without."""
+    given = {"unguided": request.unguided_steps, "reuse": request.reuse_features - 1}
+    return {"cuts": given} if any(given.values()) else {}
 
 
 def load_cached(path: Path) -> Calibration | None:

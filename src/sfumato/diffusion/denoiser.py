@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import JobError
 
-__all__ = ["Denoiser", "check_unet", "rescaled"]
+__all__ = ["Denoiser", "check_reuse", "check_unet", "rescaled"]
 
 _SPLITTING_LATE = {
     "DownBlock2D",
@@ -52,12 +52,22 @@ class Denoiser(nn.Module):
 
     ``rescale``: (guidance weight, share of the rescaled output); with it both halves are combined here, because the
     spread of the outputs is secret.
+
+    ``keeps`` (DeepCache, Ma et al. 2024): there is a second output, the features that enter the last up block (B or 2B,
+    channels, height, width). A call that is given ``features`` runs the outer blocks alone, on these.
     """
 
-    def __init__(self, unet: nn.Module, *, guided: bool, rescale: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        guided: bool,
+        rescale: tuple[float, float] | None = None,
+        keeps: bool = False,
+    ) -> None:
         super().__init__()
-        self.unet = unet
-        self.guided, self.rescale = guided, rescale
+        self.unet: Any = unet
+        self.guided, self.rescale, self.keeps = guided, rescale, keeps
 
     @property
     def _splits_late(self) -> bool:
@@ -72,7 +82,8 @@ class Denoiser(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         extra: Tensor | None = None,
-    ) -> Tensor:
+        features: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Model outputs (2B or B, C, H, W); B with ``rescale``. ``extra``: channels beside the
         sample's, of batch B."""
         if extra is not None:
@@ -80,15 +91,20 @@ class Denoiser(nn.Module):
         late = self.guided and self._splits_late
         if self.guided and not late:
             sample = torch.cat([sample, sample])
-        with _doubling(self.unet) if late else contextlib.nullcontext():
-            output: Tensor = self.unet(
-                sample,
-                timestep,
-                encoder_hidden_states=encoder_hidden_states,
-                timestep_cond=timestep_cond,
-                return_dict=False,
-            )[0]
-        return output if self.rescale is None else rescaled(output, *self.rescale)
+        output: Tensor
+        with _doubling(self.unet) if late else contextlib.nullcontext(), _listening(self.unet) as heard:
+            if features is not None:
+                output = _outer(self.unet, sample, timestep, encoder_hidden_states, timestep_cond, features)
+            else:
+                output = self.unet(
+                    sample,
+                    timestep,
+                    encoder_hidden_states=encoder_hidden_states,
+                    timestep_cond=timestep_cond,
+                    return_dict=False,
+                )[0]
+        output = output if self.rescale is None else rescaled(output, *self.rescale)
+        return (output, heard[0]) if self.keeps and features is None else output
 
 
 def rescaled(output: Tensor, guidance: float, share: float) -> Tensor:
@@ -103,6 +119,56 @@ def rescaled(output: Tensor, guidance: float, share: float) -> Tensor:
 def _spread(x: Tensor) -> Tensor:
     centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
     return (centred * centred).mean(dim=(1, 2, 3), keepdim=True)
+
+
+def check_reuse(unet: Any) -> None:
+    """
+    Raises:
+        JobError: the outer blocks of this U-Net cannot run without the others.
+    """
+    config = unet.config
+    kinds = {config.down_block_types[0], config.up_block_types[-1]}
+    if len(config.up_block_types) < 2 or not kinds <= _SPLITTING_LATE:
+        raise JobError(
+            f"reuse_features needs two levels of plain blocks, and this U-Net's outer ones are "
+            f"{' and '.join(sorted(kinds))}; leave it out"
+        )
+
+
+def _outer(
+    unet: Any, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None, features: Tensor
+) -> Tensor:
+    """As the U-Net's own forward does, with the first down block and the last up block alone."""
+    time = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), condition)
+    time = time if unet.time_embed_act is None else unet.time_embed_act(time)
+    hidden = unet.conv_in(2 * sample - 1.0 if unet.config.center_input_sample else sample)
+    down, up = unet.down_blocks[0], unet.up_blocks[-1]
+
+    def given(block: Any) -> dict[str, Any]:
+        crossed = getattr(block, "has_cross_attention", False)
+        return {"temb": time, **({"encoder_hidden_states": text} if crossed else {})}
+
+    _, skips = down(hidden_states=hidden, **given(down))
+    skips = (hidden, *skips)[: len(up.resnets)]  # without what goes down
+    output: Tensor = up(hidden_states=features, res_hidden_states_tuple=skips, **given(up))
+    if unet.conv_norm_out is not None:
+        output = unet.conv_act(unet.conv_norm_out(output))
+    output = unet.conv_out(output)
+    return output
+
+
+@contextlib.contextmanager
+def _listening(unet: Any) -> Iterator[list[Tensor]]:
+    """What enters the last up block while active."""
+    heard: list[Tensor] = []
+    if len(unet.up_blocks) < 2:
+        yield heard
+        return
+    handle = unet.up_blocks[-2].register_forward_hook(lambda _, __, output: heard.append(output))
+    try:
+        yield heard
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

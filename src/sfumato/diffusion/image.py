@@ -34,7 +34,9 @@ class _ImageRequest(Request):
     """The arguments of an image-to-image call. Its size is the picture's."""
 
     title: ClassVar[str] = "SecureImg2ImgPipeline"
-    without: ClassVar[frozenset[str]] = frozenset(("guidance_rescale", "height", "latents", "width"))
+    without: ClassVar[frozenset[str]] = frozenset(
+        ("guidance_rescale", "height", "latents", "public_noise", "width")
+    )
 
     image: Any = None
     strength: float = 0.8
@@ -89,7 +91,7 @@ class _InpaintRequest(_ImageRequest):
     """The arguments of an inpainting call."""
 
     title: ClassVar[str] = "SecureInpaintPipeline"
-    without: ClassVar[frozenset[str]] = frozenset(("guidance_rescale",))
+    without: ClassVar[frozenset[str]] = frozenset(("guidance_rescale", "public_noise"))
 
     mask_image: Any = None
     masked_image_latents: Tensor | None = None

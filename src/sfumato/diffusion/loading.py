@@ -184,7 +184,7 @@ def weights_digest(*modules: nn.Module) -> str:
     """16 hex digits of the modules' configuration and weights."""
     state = hashlib.blake2b(digest_size=8)
     for module in modules:
-        config: Any = module.config
+        config: Any = getattr(module, "config", {})
         state.update(
             repr(sorted((config if isinstance(config, dict) else config.to_dict()).items())).encode()
         )

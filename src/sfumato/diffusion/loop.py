@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sfumato.diffusion.correction import Correction
+from sfumato.diffusion.cuts import Way
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.request import Generators
 from sfumato.diffusion.schedule import KINDS, Schedule, Step, Sum
@@ -34,12 +35,18 @@ def call_kwargs(
 
 
 def guided_terms(
-    handle: str, coefficient: float, batch: int, guidance: float | None, pull: float = 0.0
+    handle: str,
+    coefficient: float,
+    batch: int,
+    guidance: float | None,
+    pull: float = 0.0,
+    *,
+    single: bool = False,
 ) -> list[Term]:
     """coefficient * (u + g (c - u) - pull c) of an output that holds u, then c; of the output c itself without
-    guidance."""
-    if guidance is None:
-        return [Term(handle, coefficient * (1.0 - pull))]
+    guidance. ``single``: the output is c, and u comes from elsewhere."""
+    if guidance is None or single:
+        return [Term(handle, coefficient * ((1.0 if guidance is None else guidance) - pull))]
     return [
         Term(handle, coefficient * (1.0 - guidance), 0, batch),
         Term(handle, coefficient * (guidance - pull), batch, 2 * batch),
@@ -50,26 +57,33 @@ def guided_terms(
 class Denoising:
     """One run of a schedule in one session of the parties.
 
-    ``guidance``: None where the plan's batch is that of the latents. ``embeds``: the text's embeddings, or the
-    handle under which the parties hold them. Values of the client (text keys and values) are shared when they
-    change, so once.
+    ``guidance``: the weight, one for all steps or one for each, None for a step that runs without the unconditional
+    half; None alone where the plan's batch is that of the latents.
+    ``embeds``: the text's embeddings, or the handle under which the parties hold them. Values of the client (text keys
+    and values) are shared when they change, so once for each plan that needs them.
 
-    ``correction``: public, and so known to the parties.
+    ``correction``: public, and so known to the parties. ``ways``: how each step runs the network, by default all in
+    full; ``known``: at the steps whose way says so, the unconditional output, which is public.
 
-    The parties run the plan ``clip`` where the schedule clamps, and ``blend`` where a ``picture`` has a mask.
+    The parties run ``plans`` by the ways' names (``unet`` where there is one plan), ``clip`` where the schedule clamps,
+    and ``blend`` where a ``picture`` has a mask.
     """
 
     backend: Backend
-    plan: Plan
+    plans: Plan | Mapping[str, Plan]
     schedule: Schedule
     embeds: Tensor | str
     condition: Tensor | None
-    guidance: float | None
+    guidance: float | Sequence[float | None] | None
     generator: Generators = None
     picture: Picture | None = None
     correction: Correction | None = None
+    ways: Sequence[Way] = ()
+    known: Mapping[int, Tensor] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    _put: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    _features: tuple[str, bool] | None = None
+    _single: dict[str, str] = field(default_factory=dict)
+    _put: dict[tuple[str, str], tuple[str, Tensor]] = field(default_factory=dict)
     _count: int = 0
     _shape: tuple[int, ...] = ()
     _weights: dict[int, float | None] = field(default_factory=dict)
@@ -105,9 +119,7 @@ class Denoising:
         self._share_picture()
         for k, step in enumerate(schedule.steps):
             started = time.monotonic()
-            inputs, publics = self._arguments(schedule.timesteps[k], held["samples"][k])
-            held["outputs"][k], self._weights[k] = f"output{k}", self.guidance
-            self.backend.call("unet", f"step{k}", inputs, publics, [held["outputs"][k]])
+            self._network(k, schedule.timesteps[k])
             self._sampler(k, step)
             self._blend(schedule, k)
             self._forget(schedule.keeps(k))
@@ -117,6 +129,28 @@ class Denoising:
             if stop is not None and stop():
                 return held["samples"][k + 1], k + 1
         return held["samples"][len(schedule.steps)], len(schedule.steps)
+
+    def _way(self, k: int) -> Way:
+        if self.ways:
+            return self.ways[k]
+        return Way(isinstance(self.guidance, Sequence) and self.guidance[k] is None)
+
+    def _network(self, k: int, timestep: Tensor) -> None:
+        """The output of step ``k``, and the features that later steps take up."""
+        way, held = self._way(k), self._held
+        inputs, publics = self._arguments(way, timestep, held["samples"][k])
+        held["outputs"][k], self._weights[k] = f"output{k}", self._weight(k, way)
+        names = [held["outputs"][k], *([f"features{k}"] if way.keeps else [])]
+        self.backend.call(way.plan, f"step{k}", inputs, publics, names)
+        if way.keeps:
+            if self._features is not None:
+                self.backend.drop(self._features[0])
+            self._features = names[1], way.single
+
+    def _weight(self, k: int, way: Way) -> float | None:
+        if way.single and not way.known:
+            return None
+        return self.guidance[k] if isinstance(self.guidance, Sequence) else self.guidance
 
     def _sampler(self, k: int, step: Step) -> None:
         """The next sample from what the parties hold, and from noise that the client draws."""
@@ -145,17 +179,21 @@ class Denoising:
             handle = self._held[kind][k - age]
             if kind == "outputs":
                 pull = 0.0 if self.correction is None else self.correction.pulls[k - age]
-                terms += guided_terms(handle, c, self._shape[0], self._weights[k - age], pull)
+                weight, single = self._weights[k - age], self._way(k - age).single
+                terms += guided_terms(handle, c, self._shape[0], weight, pull, single=single)
             else:
                 terms.append(Term(handle, c))
         return terms
 
     def _added(self, k: int, total: Sum) -> Tensor | None:
-        """What the correction adds to a sum, through each of the outputs in it."""
-        if self.correction is None:
-            return None
-        additions = self.correction.additions
-        parts = [additions[k - age].to(torch.float64) * c for age, c in total.outputs.items()]
+        """What the correction and public halves add to a sum, through each of the outputs in it."""
+        parts = []
+        for age, c in total.outputs.items():
+            if self.correction is not None:
+                parts.append(self.correction.additions[k - age].to(torch.float64) * c)
+            weight = self._weights[k - age]
+            if self._way(k - age).known and weight is not None:
+                parts.append(self.known[k - age] * (c * (1.0 - weight)))
         return torch.stack(parts).sum(0) if parts else None
 
     def _share_picture(self) -> None:
@@ -190,26 +228,44 @@ class Denoising:
     def _open(self, handle: str, k: int) -> Tensor:
         return self.backend.reveal(handle) / self._scale(k)
 
-    def _arguments(self, timestep: Tensor, sample: str) -> tuple[dict[str, str], Mapping[str, Tensor]]:
+    def _arguments(
+        self, way: Way, timestep: Tensor, sample: str
+    ) -> tuple[dict[str, str], Mapping[str, Tensor]]:
         """Handles by input name, and the public values of this step."""
         inputs, embeds = {"sample": sample}, self.embeds
+        plan = self.plans if isinstance(self.plans, Plan) else self.plans[way.plan]
         if isinstance(embeds, str):
-            inputs["encoder_hidden_states"] = embeds
-            embeds = torch.zeros(self.plan.program.types["encoder_hidden_states"][0])
+            inputs["encoder_hidden_states"] = self._prompts_half(embeds) if way.single else embeds
+            embeds = torch.zeros(plan.program.types["encoder_hidden_states"][0])
+        elif way.single:
+            embeds = embeds.chunk(2)[1]
         extra = None if self.picture is None else self.picture.extra
         kwargs = call_kwargs(timestep, embeds, self.condition, extra)
-        values = client_side(self.plan, (torch.zeros(self._shape),), kwargs, held=tuple(inputs))
+        if way.partial:
+            assert self._features is not None
+            handle, single = self._features
+            inputs["features"] = self._prompts_half(handle) if way.single and not single else handle
+            kwargs["features"] = torch.zeros(plan.program.types["features"][0])
+        values = client_side(plan, (torch.zeros(self._shape),), kwargs, held=tuple(inputs))
         for name, tensor in values.secrets.items():
-            known = self._put.get(name)
+            known = self._put.get((way.plan, name))
             if known is None or not torch.equal(known[1], tensor):
                 if known is not None:
                     self.backend.drop(known[0])
                 self._count += 1
                 handle = f"client{self._count}"
-                self.backend.put(handle, tensor, self.plan.secret_type(name).frac)
-                known = self._put[name] = (handle, tensor)
+                self.backend.put(handle, tensor, plan.secret_type(name).frac)
+                known = self._put[way.plan, name] = (handle, tensor)
             inputs[name] = known[0]
         return inputs, values.publics
+
+    def _prompts_half(self, handle: str) -> str:
+        """The second half of what the parties hold of both: theirs to take, without a byte."""
+        if handle not in self._single:
+            batch, name = self._shape[0], f"{handle}.prompt"
+            self.backend.affine(name, [Term(handle, 1.0, batch, 2 * batch)], name)
+            self._single[handle] = name
+        return self._single[handle]
 
     def _observed(self, observe: Observe, k: int) -> None:
         handle, opened = self._held["samples"][k + 1], [0]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sfumato.diffusion.adapters import Kept, merged
 from sfumato.diffusion.correction import Correction
+from sfumato.diffusion.cuts import known_halves
 from sfumato.diffusion.loading import check_pipeline, load_pipeline
 from sfumato.diffusion.loop import Denoising
 from sfumato.diffusion.parties import KeptParties
@@ -212,6 +213,9 @@ class SecurePipeline(Surface):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
         correction: Correction | None = None,
+        unguided_steps: int = 0,
+        public_noise: bool = False,
+        reuse_features: int = 1,
         **more: Any,
     ) -> Any:
         """Images for a prompt, with diffusers' arguments, and the same image for the same generator.
@@ -253,6 +257,14 @@ class SecurePipeline(Surface):
             correction: public tensors and weights that are added to the model's outputs, at no cost between the parties
                 (`sfumato.diffusion.scores` makes them; not in diffusers). Public, and with it the first noise of a run
                 that starts from a record's.
+            unguided_steps: the last so many steps run without guidance, which halves their cost (not in diffusers).
+                Public.
+            public_noise: the first noise is public; nothing about the prompt follows from it, as it is drawn before and
+                without it. Then the unconditional half of the first step is public, too, and runs in the clear. With
+                public weights and without a negative prompt (not in diffusers). Public.
+            reuse_features: every how many steps the whole U-Net runs; in between its outer blocks run on the inner
+                blocks' features of the last whole step, which stay with the parties (DeepCache; not in diffusers).
+                Public.
 
         Returns:
             `SecureOutput` with ``images``, ``nsfw_content_detected`` (from the checkpoint's safety checker, at the
@@ -298,12 +310,14 @@ class SecurePipeline(Surface):
             return self._run(backend, plans, prepared, silent=True)[1]
 
     def plan(self, prompt: str | list[str] = "", **arguments: Any) -> Plan:
-        """The U-Net's plan in a call with these arguments; ``print`` it to see what runs where."""
-        return self.plans(prompt, **arguments)["unet"]
+        """The U-Net's plan in a call with these arguments (of its first step, where there are several); ``print`` it to
+        see what runs where."""
+        plans = self.plans(prompt, **arguments)
+        return next(plan for name, plan in plans.items() if name.startswith("unet"))
 
     def plans(self, prompt: str | list[str] = "", **arguments: Any) -> dict[str, Plan]:
-        """All plans of a call with these arguments: ``"unet"``, and with secret weights ``"text"`` and
-        ``"vae"``."""
+        """All plans of a call with these arguments: ``"unet"`` (others beside or in place of it with cost
+        cuts), and with secret weights ``"text"`` and ``"vae"``."""
         return self.plans_for(self._imagined(prompt, arguments))
 
     def set_progress_bar_config(self, **config: Any) -> None:
@@ -329,6 +343,10 @@ class SecurePipeline(Surface):
 
     def _prepared(self, request: Request) -> Prepared:
         pipe = merged(self._pipe, request.lora_scale, self._merged)
+        if request.public_noise and self.secret != "inputs":
+            raise JobError(
+                "public_noise needs public weights, secret='inputs': its first step runs in the clear"
+            )
         prepared = prepare(pipe, request, encode="text_encoder" not in self._hidden)
         self._planner.check(prepared)
         return prepared
@@ -358,7 +376,7 @@ class SecurePipeline(Surface):
             embeds = encoded(backend, plans["text"], prepared.ids)
         denoising = Denoising(
             backend,
-            plans["unet"],
+            plans,
             prepared.schedule,
             embeds,
             prepared.condition,
@@ -366,6 +384,8 @@ class SecurePipeline(Surface):
             request.generator,
             prepared.picture,
             request.correction,
+            prepared.ways,
+            known_halves(prepared, backend.device == "meta"),
         )
         if not silent:
             self._tell(prepared)

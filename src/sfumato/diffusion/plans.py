@@ -20,6 +20,7 @@ from sfumato.diffusion.calibrate import (
     save_cached,
     trajectories,
 )
+from sfumato.diffusion.cuts import Way, of_plan
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
@@ -93,7 +94,8 @@ class Planner:
     def plans(self, prepared: Prepared, *, progress: bool = True) -> dict[str, Plan]:
         """By name, in the order of their use: ``text`` and ``vae`` only where they run under the protocol."""
         pipe = prepared.pipe
-        denoiser = Denoiser(pipe.unet, guided=prepared.guided, rescale=prepared.rescale).eval()
+        ways = dict.fromkeys(way._replace(known=False) for way in prepared.ways)
+        denoiser = _denoiser(prepared, Way(keeps=any(way.keeps for way in ways)))
 
         @cache
         def measured() -> Trajectories:
@@ -107,7 +109,8 @@ class Planner:
         made: dict[str, Plan] = {}
         if prepared.ids is not None:
             made["text"] = self._text(prepared, file("text"))
-        made["unet"] = self._unet(prepared, file, denoiser, lambda: measured().samples)
+        for way in ways:
+            made[way.plan] = self._unet(prepared, file, way, measured)
         if prepared.schedule.clip is not None:
             clamp = Clamp(*prepared.schedule.clip)
             made["clip"] = self._small(prepared, file("clip"), clamp, lambda: measured().clips)
@@ -145,28 +148,33 @@ class Planner:
         self,
         prepared: Prepared,
         file: Callable[[str], Path],
-        denoiser: nn.Module,
-        samples: Callable[[], Any],
+        way: Way,
+        measured: Callable[[], Trajectories],
     ) -> Plan:
-        first = call_kwargs(
-            prepared.schedule.timesteps[0],
-            torch.zeros_like(prepared.embeds),
-            prepared.condition,
-            prepared.extra,
-        )
+        denoiser = _denoiser(prepared, way)
+        embeds = torch.zeros_like(prepared.embeds.chunk(2)[1] if way.single else prepared.embeds)
+        first = call_kwargs(prepared.schedule.timesteps[0], embeds, prepared.condition, prepared.extra)
+        if way.partial:
+            first["features"] = self._features(prepared, way, {**first})
         # Embeddings that the parties hold are an input like the latents; else the client knows them.
         held = prepared.ids is not None
-        part = ["unet", *(["text held"] if held else [])]
+        part = [way.plan, *(["text held"] if held else []), *(["features"] if way.keeps else [])]
         if prepared.rescale is not None:
             part.append(f"rescaled {prepared.rescale[1]:g}")
         return self._made(
             file(", ".join(part)),
             lambda: capture(denoiser, (torch.zeros_like(prepared.latents),), first),
-            samples,
+            lambda: of_plan(measured().partial if way.partial else measured().samples, way),
             self._calibration,
             public=() if prepared.condition is None else ("timestep_cond",),
             client_known=() if held else ("encoder_hidden_states",),
         )
+
+    def _features(self, prepared: Prepared, way: Way, kwargs: dict[str, Any]) -> Tensor:
+        """Zeros like the features that a step with this way takes up."""
+        whole = _denoiser(prepared, Way(way.single, keeps=True))
+        with torch.no_grad():
+            return torch.zeros_like(whole(torch.zeros_like(prepared.latents), **kwargs)[1])
 
     def _vae(self, prepared: Prepared, cached: Path, samples: Callable[[], Any]) -> Plan:
         decoder = ImageDecoder(prepared.pipe.vae).eval()
@@ -215,3 +223,10 @@ class Planner:
         modules = [pipe.unet, pipe.text_encoder, *([pipe.vae] if "vae" in self._hidden else [])]
         modules = [module for module in modules if module is not None]
         return self._digest.get((), modules, lambda: weights_digest(*modules))
+
+
+def _denoiser(prepared: Prepared, way: Way) -> Denoiser:
+    """The network as a step of this way runs it."""
+    guided = prepared.guided and not way.single
+    rescale = prepared.rescale if guided else None
+    return Denoiser(prepared.pipe.unet, guided=guided, rescale=rescale, keeps=way.keeps).eval()

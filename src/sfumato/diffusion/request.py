@@ -16,6 +16,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sfumato.diffusion.correction import Correction
+from sfumato.diffusion.cuts import Way, check_cuts, ways
+from sfumato.diffusion.denoiser import check_reuse
 from sfumato.diffusion.picture import Picture
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.prompts import embeddings
@@ -86,6 +88,9 @@ class Request:
     callback_on_step_end: Callback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ()
     correction: Correction | None = None
+    unguided_steps: int = 0
+    public_noise: bool = False
+    reuse_features: int = 1
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -126,6 +131,7 @@ class Request:
             )
         self._check_numbers()
         self._check_texts()
+        check_cuts(self)
 
     def _check_numbers(self) -> None:
         counts: dict[str, Any] = {"num_images_per_prompt": self.num_images_per_prompt}
@@ -271,6 +277,18 @@ class Prepared:
         """The weight with which the sampler combines both halves of an output; None where there are none."""
         return self.request.guidance_scale if self.guided and self.rescale is None else None
 
+    @property
+    def ways(self) -> list[Way]:
+        """How each step runs the network."""
+        request = self.request
+        return ways(
+            len(self.schedule.steps),
+            guided=self.guided,
+            unguided=request.unguided_steps,
+            known=request.public_noise,
+            reuse=request.reuse_features,
+        )
+
 
 def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     """Check against the model, encode the prompt and draw the first latents, exactly as diffusers does.
@@ -289,6 +307,13 @@ def prepare(pipe: Any, request: Request, *, encode: bool = True) -> Prepared:
     latents, picture = request.begin(pipe, schedule, batch)
     if request.correction is not None:
         request.correction.check(len(schedule.steps), latents.shape)
+    if guided and request.unguided_steps >= len(schedule.steps):
+        raise JobError(
+            f"unguided_steps must be fewer than the run's {len(schedule.steps)}; "
+            "guidance_scale=1 runs all of them without guidance"
+        )
+    if request.reuse_features > 1:
+        check_reuse(pipe.unet)
     return Prepared(
         pipe=pipe,
         request=request,

@@ -24,16 +24,18 @@ def sample(
     schedule: Schedule,
     latents: Tensor,
     text: Tensor,
-    guidance: float | Sequence[float] | None,
+    guidance: float | Sequence[float | None] | None,
     *,
     correction: Correction | None = None,
     generator: torch.Generator | None = None,
     watch: Watch | None = None,
+    clips: list[Tensor] | None = None,
 ) -> Tensor:
     """Latents (images, channels, height, width) after all steps, in float64.
 
     ``latents``: the first ones, first sigma included. ``guidance``: the weight of the prompt, one for all steps or one
-    for each; None where ``text`` has one half.
+    for each; None where ``text`` has one half, and for a step without guidance, at which the network is given the
+    prompt's half alone. ``clips`` is given the values that the scheduler clamps.
 
     Raises:
         JobError: the correction does not fit the run.
@@ -41,21 +43,31 @@ def sample(
     if correction is not None:
         correction.check(len(schedule.steps), latents.shape)
     folded, held = schedule.in_input_scale(), {kind: dict[int, Any]() for kind in KINDS}
+    weights: Sequence[float | None]
+    if guidance is None or isinstance(guidance, float | int):
+        weights = [guidance] * len(schedule.steps)
+    else:
+        weights = guidance
     first = latents.to(torch.float64) * schedule.steps[0].input_scale
     held["samples"][0] = held["returned"][0] = first
     for k, step in enumerate(folded.steps):
         with torch.no_grad():
-            output = network(held["samples"][k].float(), folded.timesteps[k], text).to(torch.float64)
-        without, towards = (output, output) if guidance is None else output.chunk(2)
-        weight = 1.0 if guidance is None else guidance if isinstance(guidance, float | int) else guidance[k]
-        combined = without + weight * (towards - without)
+            single = guidance is not None and weights[k] is None
+            given = text.chunk(2)[1] if single else text
+            output = network(held["samples"][k].float(), folded.timesteps[k], given).to(torch.float64)
+        weight = weights[k]
+        without, towards = (output, output) if weight is None else output.chunk(2)
+        combined = towards if weight is None else without + weight * (towards - without)
         if correction is not None:
             combined = combined - correction.pulls[k] * towards + correction.additions[k]
         held["outputs"][k] = combined
         if watch is not None:
             watch(held["samples"][k] / schedule.steps[k].input_scale, combined)
         if step.clip is not None:
-            held["clipped"][k] = step.clip.value.of(held, k).clamp(step.clip.low, step.clip.high)
+            value = step.clip.value.of(held, k)
+            held["clipped"][k] = value.clamp(step.clip.low, step.clip.high)
+            if clips is not None:
+                clips.append(value)
         following = step.result.of(held, k)
         if step.draws:
             noise = torch.randn(first.shape, generator=generator, dtype=torch.float32)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.correction import Correction, Pull
-from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.planned import PlannedNetwork
 from sfumato.diffusion.record import Record
+from sfumato.diffusion.sampling import Network
 from sfumato.errors import JobError
-from sfumato.graph.plan import Plan, client_side
-from sfumato.runtime.remote import open_backend
+from sfumato.graph.plan import Plan
 
-__all__ = ["READINGS", "aligned", "measured", "scores"]
+__all__ = ["READINGS", "aligned", "deviations", "measured", "rescheduled", "scores"]
 
 #: How the steps of a record between two steps of a run give one score (private-diffusion.md 1.4): A, the one at the
 #: same time; B, the one with which the run's step does what the record's steps did together.
@@ -89,7 +88,8 @@ def _kappa(abar: float) -> float:
 
 def measured(
     records: Sequence[Record],
-    pipe: Any,
+    network: Network,
+    null: Tensor,
     plan: Plan,
     times: Sequence[float],
     beta: Sequence[float] | float = 1.0,
@@ -97,32 +97,29 @@ def measured(
     """``beta_i (eps(u_i) - ehat(u_i))``: the error of the plan's network on each record's trajectory, measured in the
     clear by the plan's own arithmetic (``plain``), without a prompt.
 
-    ``plan``: of the U-Net of a run with as many images as there are records.
+    ``network``: the exact one, without guidance; ``null``: (1, tokens, width), the text of the empty prompt; ``plan``:
+    of the denoiser of a run with as many images as there are records. A step's number is one for all of its values.
     """
-    guided = plan.program.types["encoder_hidden_states"][0][0] == 2 * len(records)
-    with torch.no_grad():
-        null = pipe.encode_prompt([""], torch.device("cpu"), 1, False)[0].detach()
-    text = null.expand(len(records) * (2 if guided else 1), -1, -1).contiguous()
-    exact = Denoiser(pipe.unet, guided=guided).eval()
     betas = [beta] * len(times) if isinstance(beta, float | int) else list(beta)
-    additions = []
-    with open_backend("plain", options={"certificate": False}) as backend:
-        backend.load("unet", plan)
-        for i, time in enumerate(times):
+    off = deviations(records, network, null, plan, times)
+    return Correction((0.0,) * len(times), tuple(d * b for d, b in zip(off, betas, strict=True)))
+
+
+def deviations(
+    records: Sequence[Record], network: Network, null: Tensor, plan: Plan, times: Sequence[float]
+) -> list[Tensor]:
+    """``eps(u_i) - ehat(u_i)`` at each of the times: (images, channels, height, width) in float64."""
+    images = len(records)
+    halves = plan.program.types["encoder_hidden_states"][0][0] // images
+    found = []
+    with PlannedNetwork(plan) as approximated, torch.no_grad():
+        for time in times:
             u = torch.stack([record.latents[record.at(time)] for record in records])
-            kwargs = call_kwargs(torch.tensor(float(time)), text, None)
-            with torch.no_grad():
-                wanted = exact(u, **kwargs).double()
-            given = client_side(plan, (u,), kwargs)
-            names = {}
-            for name, tensor in given.secrets.items():
-                names[name] = f"{name}{i}"
-                backend.put(names[name], tensor, plan.secret_type(name).frac)
-            backend.call("unet", f"step{i}", names, given.publics, [f"output{i}"])
-            off = wanted - backend.reveal(f"output{i}")
-            backend.drop(*names.values(), f"output{i}")
-            additions.append(off[: len(records)] * betas[i])  # without a prompt both halves are the same
-    return Correction((0.0,) * len(times), tuple(additions))
+            at = torch.tensor(float(time))
+            wanted = network(u, at, null.expand(images, -1, -1)).double()
+            given = approximated(u, at, null.expand(halves * images, -1, -1).contiguous())
+            found.append(wanted - given[:images])  # without a prompt both halves are the same
+    return found
 
 
 def rescheduled(pipe: Any, scheduler: Any) -> Any:

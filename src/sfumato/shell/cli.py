@@ -82,7 +82,8 @@ Size = Annotated[int | None, typer.Option(help="In pixels. [default: the model's
 Sampler = Annotated[
     str | None,
     typer.Option(
-        help="ddim, dpm++, unipc, euler, ..., or a corrected few-step run: sdu, usg. [default: the model's own]"
+        help="auto (few steps that keep the quality), ddim, dpm++, unipc, euler, ..., or a corrected few-step run: "
+        "sdu, usg. [default: the model's own]"
     ),
 ]
 CalibrateOn = Annotated[Path | None, typer.Option(help=CALIBRATE_ON, metavar="FILE")]
@@ -110,22 +111,33 @@ def _settings(model: str, steps: int | None, guidance: float | None) -> dict[str
 def _sampled(
     pipe: Any,
     name: str,
+    model: str,
     steps: int | None,
+    guidance: float | None,
     seed: int,
     image: Path | None,
     height: int | None,
     width: int | None,
 ) -> dict[str, Any]:
-    """Give the pipeline this sampler; further arguments of its call."""
+    """Give the pipeline this sampler; the arguments of its call, where ``steps`` and ``guidance`` were not given."""
     from sfumato.diffusion.samplers import CORRECTED, sampler
+    from sfumato.runtime.names import shared_name
 
-    if name in CORRECTED and (image is not None or steps is None or getattr(pipe, "unet", None) is None):
+    shared = shared_name(model) is not None
+    if shared and name == "auto":
+        raise JobError("the owner of a shared model decides how it draws; leave out --sampler auto")
+    if name in CORRECTED and (image is not None or shared):
         raise JobError(
             f"--sampler {name} draws from noise, with a model whose weights are here; leave out --image and "
             "cluster:NAME"
         )
-    pipe.scheduler, correction = sampler(pipe, name, steps or 1, seed, height=height, width=width)
-    return {"correction": correction}
+    found = sampler(pipe, name, steps, seed, height=height, width=width)
+    pipe.scheduler = found.scheduler
+    if shared:
+        return {}
+    chosen = guidance if guidance is not None else found.guidance
+    given = {"num_inference_steps": found.steps, "correction": found.correction, **found.arguments}
+    return given if chosen is None else {**given, "guidance_scale": chosen}
 
 
 @app.command()
@@ -225,7 +237,7 @@ def generate(
     )
     settings = _settings(model, steps, guidance)
     if sampler is not None:
-        given |= _sampled(pipe, sampler, settings.get("num_inference_steps"), seed, image, height, width)
+        settings |= _sampled(pipe, sampler, model, steps, guidance, seed, image, height, width)
     output = pipe(
         prompt,
         negative_prompt=negative_prompt,
@@ -366,6 +378,45 @@ def bench(
     settings = Settings(public=public, profile=profile, repeat=repeat, budget_s=budget)
     asked = Bench(cases=cases or (), settings=settings, json=json_lines, peers=peers or (), out=out)
     run_bench(asked, Console())
+
+
+@app.command()
+@clean
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="sdu, usg or cipherdm.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish. [default: the paper's first]"
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=100, help="Of each row, simulated in the clear.")] = 1000,
+    secure: Annotated[int, typer.Option(min=0, help="Of each main row, through the real protocol.")] = 0,
+    main_rows: Annotated[bool, typer.Option("--main", help="The main table alone.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of weights that do not come with sfumato (cifar10).")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Fan out over a Ray cluster, or 'auto'.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
+) -> None:
+    """Rebuild a paper's tables at this machine's scale, with the controls beside them: JSON, and a page.
+
+    An interrupted run goes on where it was.
+
+    Example: `sfumato reproduce sdu --model embedded --images 1000 --secure 200`
+    """
+    from sfumato.shell.reproduce import run_reproduce
+    from sfumato.study.reproduce import Asked
+    from sfumato.study.tables import STUDIES
+
+    known = STUDIES.get(paper)
+    asked = Asked(
+        paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure, main=main_rows,
+        ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
+    )  # fmt: skip
+    run_reproduce(asked, Console())
 
 
 def main() -> None:

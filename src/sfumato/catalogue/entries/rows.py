@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfumato.catalogue.entries.exponential import CHEXP, LOOSE_EXP, NIMBUS_EXP, measured
+from sfumato.catalogue.entries.exponential import CHEXP, EVEN_P4, LOOSE_EXP, NIMBUS_EXP, measured
 from sfumato.catalogue.entry import Entry
 from sfumato.catalogue.methods import exponential, inverse
 from sfumato.catalogue.methods import rows as of
@@ -41,6 +41,13 @@ ENTRIES = (
         _softmax(exponential.exp_limit, {"n": 8}, inverse.reciprocal_scaled, reciprocal_options={"d": 64.0}),
         -8.0, 8.0, "chosen", uncertain="d = 64 is ours, right for up to 4,096 scores",
     ),
+    Entry(
+        "sdu.softmax-doubted", "softmax", "[SDU] 3.1, App. B", "20 squarings, the sum divided by 4,096",
+        of.softmax_max,
+        _softmax(exponential.exp_limit, {"n": 20}, inverse.reciprocal_scaled, reciprocal_options={"d": 4096.0}),
+        -8.0, 8.0, "chosen", uncertain="the settings that the reviewers doubted; d at the number of keys is a guess",
+        notes="20 squarings lose every bit of a 16-bit fraction, and d = 4,096 leaves 6 % at a sum of 1",
+    ),
     Entry("puma.softmax", "softmax", "[PUMA] Alg. 2", "max, exp with 5 squarings above -14, one division a row",
           of.softmax_max, _LIMIT5, -8.0, 8.0, "chosen", **_SPU),
     Entry(
@@ -50,6 +57,20 @@ ENTRIES = (
                  inverse.reciprocal_normalised),
         -8.0, 8.0, "chosen", notes="denominators can be negative; the script as published never installs it",
         **_SPU,
+    ),
+    Entry(
+        "cipherdm.softmax-clamped", "softmax", "[CipherDM], mended", "the same, negative exponentials made 0",
+        of.softmax_max,
+        _softmax(exponential.exp_chebyshev, {"coefficients": CHEXP, "cut": -14.0, "clamped": True},
+                 inverse.reciprocal_normalised),
+        -8.0, 8.0, "chosen", notes="one comparison more, and denominators are positive", **_SPU,
+    ),
+    Entry(
+        "cipherdm.softmax-even", "softmax", "[CipherDM], mended", "p4(x/8)^8 in place of the series",
+        of.softmax_max,
+        _softmax(exponential.exp_even_power, {"coefficients": EVEN_P4, "cut": -14.0},
+                 inverse.reciprocal_normalised),
+        -8.0, 8.0, "chosen", notes="never negative, at as many products", **_SPU,
     ),
     Entry(
         "bumblebee.softmax", "softmax", "[BumbleBee] paper", "max, exp with 6 squarings above -13, division",

@@ -108,10 +108,13 @@ async def _above(m: Machine[V], x: V, cut: float, y: V) -> V:
     return await m.pick(m.inverted(low), y)
 
 
-async def exp_chebyshev(m: Machine[V], x: V, *, coefficients: Sequence[float], cut: float) -> V:
-    """A Chebyshev series of x / 7 + 1 on [-14, 0], and 0 below ``cut``."""
+async def exp_chebyshev(
+    m: Machine[V], x: V, *, coefficients: Sequence[float], cut: float, clamped: bool = False
+) -> V:
+    """A Chebyshev series of x / 7 + 1 on [-14, 0], and 0 below ``cut``, and where it is negative if ``clamped``."""
     v = await m.combine([(x, 2.0 / 14.0)], 1.0)
-    return await _above(m, x, cut, await chebyshev(m, v, coefficients))
+    y = await _above(m, x, cut, await chebyshev(m, v, coefficients))
+    return await _above(m, y, 0.0, y) if clamped else y
 
 
 async def exp_polynomial(m: Machine[V], x: V, *, coefficients: Sequence[float], cut: float) -> V:

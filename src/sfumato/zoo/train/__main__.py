@@ -13,8 +13,10 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 
 from .. import RECOMMENDED_GUIDANCE
+from ..classes import NAMES
 from ..judge import load_judge
 from .build import save_pipeline, unet_macs
+from .classes import train_classes
 from .data import DataError, load_split
 from .evaluate import draw_grid, evaluate, save_report
 from .judge import train_judge
@@ -50,11 +52,22 @@ def main(argv: list[str] | None = None) -> int:
         "--guidance", type=float, default=RECOMMENDED_GUIDANCE, help="scale used for measuring"
     )
     parser.add_argument("--per-class", type=int, default=100, help="images per class used for measuring")
+    parser.add_argument(
+        "--classes", nargs="+", choices=NAMES, metavar="NAME",
+        help=f"train these models that draw by class instead, --minutes each: {', '.join(NAMES)}",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error("--minutes must be positive")
     torch.set_num_threads(args.threads)
     diffusers_logging.disable_progress_bar()
+    if args.classes:
+        try:
+            train_classes(args.classes, args.data, args.out, args.minutes)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
     try:
         split = load_split(args.data, train=True)
         load_split(args.data, train=False)

@@ -1,0 +1,234 @@
+"""The rows of each paper's tables, with the controls that no paper ran (private-diffusion.md 1.5, 2.4, 3.4 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sfumato.diffusion.correction import Pull
+from sfumato.errors import JobError
+from sfumato.study.setting import Offline, Setting
+
+__all__ = ["ORIGINAL", "OURS", "STUDIES", "Study", "Table", "study"]
+
+FINE = 50
+#: The base of every comparison: the exact network in float.
+ORIGINAL = Setting(name="original, 50 steps", steps=FINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under a heading, with what they are there to show. ``images``: a share of the study's number of images."""
+
+    title: str
+    shows: str
+    rows: tuple[Setting, ...]
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What ``sfumato reproduce`` draws: ``main`` rows also run under the protocol itself."""
+
+    name: str
+    title: str
+    models: tuple[str, ...]
+    main: tuple[Setting, ...]
+    tables: tuple[Table, ...]
+
+    @property
+    def rows(self) -> tuple[Setting, ...]:
+        """All settings, each once, the base first."""
+        found = {row.digest: row for row in (ORIGINAL, *self.main)}
+        for table in self.tables:
+            for row in table.rows:
+                found.setdefault(row.digest, row)
+        return tuple(found.values())
+
+
+#: Our few-step settings by model: chosen on 1,000 images of the exact network that no study draws, and judged on others
+#: (docs/corrections.md).
+OURS = {
+    "embedded": Setting(
+        name="ours, 5 steps",
+        steps=5,
+        solver="dpm++",
+        spacing="trailing",
+        guidance=3.5,
+        unguided=1,
+        profile="fast",
+    ),
+}
+_OURS = Setting(name="ours, 5 steps", steps=5, solver="dpm++", spacing="trailing", profile="fast")
+
+
+def _sdu(steps: int = 10, profile: str | None = "sdu", **offline: object) -> Setting:
+    given = {"reading": "B", "fine": FINE, **offline}
+    made = Offline(**given)  # type: ignore[arg-type]
+    aligned = made.fine % steps == 0 and made.fine > steps
+    return Setting(name=f"SDU, {steps} steps", steps=steps, aligned=aligned, profile=profile, offline=made)
+
+
+def _approximated(steps: int, profile: str = "sdu") -> Setting:
+    return Setting(name=f"approximated, {steps} steps", steps=steps, profile=profile)
+
+
+def _exact(steps: int, **more: object) -> Setting:
+    return Setting(name=f"exact, {steps} steps", steps=steps, **more)  # type: ignore[arg-type]
+
+
+def _named(setting: Setting, name: str) -> Setting:
+    return replace(setting, name=name)
+
+
+def _sdu_study(model: str) -> Study:
+    ours = OURS.get(model, _OURS)
+    pull, corrected = Pull(), _sdu()
+    main = (_approximated(50), _approximated(10), corrected, ours)
+    ablation = tuple(_sdu(steps) for steps in (25, 20, 10, 5))
+    m_rows = tuple(
+        _named(_sdu(fine=fine), f"m = {fine // 10} ({fine} fine steps)") for fine in (10, 20, 50, 100)
+    )
+    switches = (
+        _named(_sdu(profile=None), "exact + SDU (control 2)"),
+        _named(_sdu(profile=None, reading="A"), "exact + SDU, reading A"),
+        _named(replace(_sdu(profile=None), aligned=False), "exact + SDU, own grid"),
+        _named(_sdu(profile=None, pull=Pull(eta=0.3)), "exact + SDU, eta 0.3"),
+        _named(_sdu(profile=None, pull=Pull(weight="sigma/abar", cap=1.0)), "exact + SDU, sigma/abar, cap 1"),
+        _named(_sdu(profile=None, independent=True), "exact + SDU, independent noise"),
+        _named(_exact(10), "exact, 10 steps"),
+        _named(_exact(10, aligned=True), "exact, 10 steps, aligned grid"),
+    )
+    controls = (
+        _named(
+            Setting(name="", steps=10, aligned=True, profile="sdu", lowered=pull),
+            "control 1: guidance w - g_t, no record",
+        ),
+        _named(_sdu(profile=None), "control 2: the correction on the exact network"),
+        _named(
+            Setting(name="", steps=10, solver="dpm++", spacing="trailing", profile="sdu"),
+            "control 3: better solver, same bytes",
+        ),
+        _named(
+            Setting(name="", steps=30, profile="fast"), "control 3: tighter and cheaper functions, more steps"
+        ),
+        _named(_exact(5, solver="dpm++", spacing="trailing"), "exact, DPM-Solver++ 5 steps"),
+    )
+    beyond = (
+        _named(_sdu(kind="measured"), "measured error (control variate)"),
+        _named(_sdu(kind="blend"), "blend, weights fitted per step"),
+        _named(_sdu(profile="sdu-doubted"), "SDU at the settings that were doubted"),
+        _named(_approximated(10, "sdu-doubted"), "approximated at the settings that were doubted"),
+        Setting(
+            name="HE-Diffusion's sampler (insecure: its server sees every step)", steps=FINE, solver="pndm"
+        ),
+    )
+    return Study(
+        "sdu", "SDU: few secure steps, corrected by scores computed in the clear", (model,), main,
+        (
+            Table("SDU's Table 1", "the original, the approximated network, and the correction", (ORIGINAL, *main)),
+            Table("Steps of the secret run", "SDU's Figure 5", (*ablation, _approximated(5), ours), 0.5),
+            Table("Fine steps for each coarse one", "m of Algorithm 1", m_rows, 0.5),
+            Table("Switches", "what the text leaves open, on the exact network", switches, 0.5),
+            Table("Controls", "what explains the gain", controls),
+            Table("Beyond", "other corrections, doubted settings, and the insecure reference", beyond, 0.5),
+        ),
+    )  # fmt: skip
+
+
+def _usg_study(model: str) -> Study:
+    ours = OURS.get(model, _OURS)
+
+    def usg(profile: str | None, eta: float = 0.1, **more: object) -> Setting:
+        made = _sdu(FINE, profile, reading="A", pull=Pull(eta=eta), **more)
+        return replace(made, name=f"{profile or 'vanilla'} + USG, eta {eta:g}")
+
+    def rows(profile: str) -> tuple[Setting, Setting]:
+        return Setting(name=profile, steps=FINE, profile=profile), usg(profile)
+
+    precise, loose = rows("usg-precise"), rows("usg-loose")
+    lowered = Setting(
+        name="usg-loose, guidance w - g_t (control 1)", steps=FINE, profile="usg-loose", lowered=Pull()
+    )
+    return Study(
+        "usg", "USG: loose approximations, corrected by unconditional scores", (model,),
+        (*precise, *loose, ours),
+        (
+            Table("USG's Tables 1 and 2", "precise and loose, with and without the correction",
+                  (ORIGINAL, *precise, *loose, usg(None), ours)),
+            Table("The weight", "eta of the correction, on the loose profile",
+                  tuple(usg("usg-loose", eta) for eta in (0.05, 0.1, 0.2)), 0.5),
+            Table("Controls", "what explains the gain", (
+                lowered,
+                replace(_sdu(FINE, "usg-loose", kind="measured", reading="A"), name="usg-loose + measured error"),
+                replace(_sdu(FINE, "usg-loose", kind="blend", reading="A"), name="usg-loose + blend"),
+            ), 0.5),
+            Table("Few steps", "the correction where steps are few",
+                  tuple(replace(_sdu(n, "usg-loose", reading="A"), name=f"usg-loose + USG, {n} steps")
+                        for n in (10, 5)), 0.5),
+        ),
+    )  # fmt: skip
+
+
+def _cipherdm_study(model: str) -> Study:
+    def row(name: str, profile: str | None, **more: object) -> Setting:
+        return Setting(name=name, steps=FINE, profile=profile, **more)  # type: ignore[arg-type]
+
+    soft = (("softmax", "cipherdm.softmax"),)
+    silu = (("silu", "cipherdm.silu"), ("mish", "cipherdm.mish"))
+    clamped = (("softmax", "cipherdm.softmax-clamped"),)
+    main = (
+        row("SPU's functions", "spu"),
+        row("CipherDM (softmax and SiLU)", "cipherdm"),
+        row("ours, 50 steps", "fast"),
+    )
+    corrected = replace(_sdu(FINE, "cipherdm", reading="A"), name="CipherDM + USG", aligned=False)
+    return Study(
+        "cipherdm", "CipherDM: its MNIST model, its approximations, and their repair", (model,), main,
+        (
+            Table("Quality", "CipherDM's approximations on a network that draws digits", (
+                ORIGINAL, *main, row("+ softmax", "spu", methods=soft), row("+ SiLU", "spu", methods=silu), corrected,
+            )),
+            Table("The cause and the repair", "negative exponentials, and forms that have none", (
+                row("softmax clamped at 0, SiLU exact", "precise", methods=clamped),
+                row("softmax as published, SiLU exact", "precise", methods=soft),
+                row("CipherDM mended (even power, refitted SiLU)", "cipherdm-mended"),
+            )),
+            Table("Fewer steps", "what we would run", (
+                Setting(name="ours, 10 steps", steps=10, solver="dpm++", spacing="trailing", profile="fast"),
+                Setting(name="exact, 10 steps", steps=10, solver="dpm++", spacing="trailing"),
+            )),
+        ),
+    )  # fmt: skip
+
+
+STUDIES: dict[str, tuple[Callable[[str], Study], tuple[str, ...]]] = {
+    "sdu": (_sdu_study, ("embedded", "cifar10", "dit", "mnist10")),
+    "usg": (_usg_study, ("embedded", "cifar10", "dit", "mnist01")),
+    "cipherdm": (_cipherdm_study, ("mnist01", "mnist10", "mnist01-mish")),
+}
+
+
+def study(paper: str, model: str) -> Study:
+    """The rows of a paper on a model.
+
+    Raises:
+        JobError: there is no such paper, or it is not studied on this model.
+    """
+    if paper not in STUDIES:
+        raise JobError(f"there is no study of {paper!r}; use one of {', '.join(STUDIES)}")
+    make, models = STUDIES[paper]
+    if model not in models:
+        raise JobError(f"{paper} is studied on {', '.join(models)}, not on {model!r}")
+    made = make(model)
+    return _same_time(made) if model.startswith("mnist") else made
+
+
+def _same_time(made: Study) -> Study:
+    """The study of a network that predicts v: an effective score (reading B) is one of noise."""
+
+    def moved(row: Setting) -> Setting:
+        return row if row.offline is None else replace(row, offline=replace(row.offline, reading="A"))
+
+    tables = tuple(replace(table, rows=tuple(map(moved, table.rows))) for table in made.tables)
+    return replace(made, main=tuple(map(moved, made.main)), tables=tables)

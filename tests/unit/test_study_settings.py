@@ -1,0 +1,75 @@
+"""Rows of studies as data, the tables made of them, and the sentences about them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sfumato.diffusion.correction import Pull
+from sfumato.errors import JobError
+from sfumato.quality import Interval
+from sfumato.study.findings import findings
+from sfumato.study.merit import Merit
+from sfumato.study.setting import Offline, Setting
+from sfumato.study.tables import STUDIES, study
+
+PAIRS = [(paper, model) for paper, (_, models) in STUDIES.items() for model in models]
+
+
+@pytest.mark.parametrize(("paper", "model"), PAIRS)
+def test_every_row_survives_json_and_has_one_meaning(paper: str, model: str) -> None:
+    wanted = study(paper, model)
+    named: dict[str, Setting] = {}
+    for row in (*wanted.main, *(row for table in wanted.tables for row in table.rows)):
+        assert Setting.from_json(json.loads(json.dumps(row.to_json()))) == row
+        assert named.setdefault(row.name, row) == row, f"two rows are called {row.name}"
+    assert {row.name for row in wanted.main} <= {row.name for row in wanted.tables[0].rows}
+
+
+def test_a_digest_is_of_what_is_drawn_and_not_of_the_name() -> None:
+    row = Setting(name="a", steps=10, offline=Offline(pull=Pull(eta=0.1)))
+    assert replace(row, name="b").digest == row.digest
+    assert replace(row, steps=11).digest != row.digest
+    assert replace(row, offline=Offline(pull=Pull(eta=0.2))).digest != row.digest
+    with pytest.raises(JobError, match="no correction 'magic'"):
+        Offline(kind="magic")
+
+
+def test_what_is_not_studied_is_named() -> None:
+    with pytest.raises(JobError, match="no study of 'other'; use one of sdu, usg, cipherdm"):
+        study("other", "embedded")
+    with pytest.raises(JobError, match="cipherdm is studied on mnist01"):
+        study("cipherdm", "embedded")
+
+
+def made(name: str, frechet: float, megabytes: float, against: tuple[float, float, float]) -> Merit:
+    near: dict[str, Any] = dict.fromkeys(("precision", "recall", "psnr_db", "feature_distance"), 0.5)
+    return Merit(
+        name=name, backend="plain", images=100, frechet=frechet, against=Interval(*against),
+        accuracy=Interval(0.9, 0.8, 1.0), points=Interval(0.0, -0.5, 0.5), f1=0.9, megabytes=megabytes, rounds=10,
+        client_megabytes=1.0, offline_megabytes=0.0, seconds=1.0, cpu_s=1.0, setting={}, **near,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_sentences_follow_the_numbers(better: bool) -> None:
+    moved = (-0.1, -0.2, 0.0) if better else (0.1, 0.06, 0.2)
+    names = (
+        "original, 50 steps",
+        "approximated, 50 steps",
+        "approximated, 10 steps",
+        "SDU, 10 steps",
+        "ours, 5 steps",
+    )
+    costs = (0.0, 500.0, 100.0, 100.0, 10.0)
+    rows = {n: made(n, 3.0 if better else 4.0, c, moved) for n, c in zip(names, costs, strict=True)}
+    told = {finding.claim[:12]: finding.holds for finding in findings("sdu", rows)}
+    assert told["SDU with 10 "] is better
+    assert told["Our few-step"] is better
+    assert told["The correcti"] is True
+    assert told["50 approxima"] is True
+    rows["SDU, 10 steps"] = replace(rows["SDU, 10 steps"], rounds=11)
+    assert not {f.claim[:12]: f.holds for f in findings("sdu", rows)}["The correcti"]
