@@ -128,9 +128,7 @@ def test_corrections_are_free_and_cuts_are_cheaper(model: Subject) -> None:
 
 def test_measured_errors_and_the_fitted_blend(model: Subject) -> None:
     """Of approximations that err: the measured error explains part of theirs, and more of itself is no better."""
-    setting = Setting(
-        name="", steps=2, profile="cipherdm", offline=Offline(kind="blend", fine=2), spacing="trailing"
-    )
+    setting = Setting(name="", steps=2, profile="cipherdm", offline=Offline(kind="blend", fine=2))
     with Drawer(model, IMAGES) as drawer:
         fit = drawer.fit(setting)
         assert all(-1.0 <= r <= 1.0 for r in fit.correlation)

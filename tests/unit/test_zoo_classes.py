@@ -16,7 +16,7 @@ from sfumato.diffusion.planned import PlannedNetwork
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import make_plan
-from sfumato.zoo.classes import KINDS, NAMES, ClassModel, load_class_model, save_class_model
+from sfumato.zoo.classes import KINDS, ClassModel, load_class_model, save_class_model
 from sfumato.zoo.dit import DiT
 from sfumato.zoo.judge import ColourJudge, load_named_judge, save_judge
 from sfumato.zoo.references import load_reference, reference_of, save_references
@@ -178,7 +178,8 @@ def drawn(model: ClassModel, steps: int, each: int) -> tuple[Tensor, Tensor]:
     return (sample / 2 + 0.5).clamp(0, 1), torch.tensor(model.kind.labels)[classes]
 
 
-SHIPPED = [name for name in NAMES if KINDS[name].judge == "grey"]
+#: The others are trained by command (docs/corrections.md).
+SHIPPED = ["mnist01", "mnist10", "dit"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -189,8 +190,7 @@ def test_weights_that_come_with_sfumato_load(name: str) -> None:
     assert all(p.isfinite().all() for p in model.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["mnist01", "mnist01-mish"])
-def test_digits_zero_and_one_are_recognised(name: str) -> None:
-    images, wanted = drawn(load_class_model(name), steps=20, each=20)
-    right = load_named_judge("grey").classify(images) == wanted
+def test_digits_zero_and_one_are_recognised() -> None:
+    images, wanted = drawn(load_class_model("mnist01"), steps=20, each=20)
+    right = load_named_judge("grey").classify(images, among=(0, 1)) == wanted
     assert right.sum() >= 36

@@ -17,7 +17,7 @@ from sfumato.diffusion.settings import SCHEDULERS
 from sfumato.errors import JobError
 from sfumato.zoo import embedded_path
 
-__all__ = ["AUTO", "CORRECTED", "SAMPLERS", "Auto", "Sampling", "sampler"]
+__all__ = ["AUTO", "CORRECTED", "SAMPLERS", "Auto", "Sampling", "sampler", "solver"]
 
 #: Steps of the original run that a record follows.
 _FINE = 50
@@ -54,6 +54,17 @@ class Sampling:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+def solver(name: str, config: Mapping[str, Any], **changed: Any) -> Any:
+    """The diffusers scheduler of this name, configured as another one or by keyword.
+
+    Raises:
+        JobError: there is no such scheduler.
+    """
+    if name not in SCHEDULERS:
+        raise JobError(f"there is no solver {name!r}; use one of {', '.join(SCHEDULERS)}")
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changed)
+
+
 def sampler(
     pipe: Any,
     name: str,
@@ -79,23 +90,22 @@ def sampler(
     own = pipe.scheduler
     if name == "auto":
         chosen = AUTO["embedded" if _is_embedded(pipe) else ""]
-        solver = diffusers.DPMSolverMultistepScheduler.from_config(own.config, timestep_spacing="trailing")
         return Sampling(
-            scheduler=solver,
+            scheduler=solver("dpm++", own.config, timestep_spacing="trailing"),
             steps=steps or chosen.steps,
             guidance=chosen.guidance,
             arguments=chosen.arguments,
         )
     steps = steps or _FINE
     if name in SCHEDULERS:
-        return Sampling(scheduler=getattr(diffusers, SCHEDULERS[name]).from_config(own.config), steps=steps)
+        return Sampling(scheduler=solver(name, own.config), steps=steps)
     if name not in CORRECTED:
         raise JobError(f"there is no sampler {name!r}; use one of {', '.join(SAMPLERS)}")
     if own.config.get("prediction_type", "epsilon") != "epsilon":
         raise JobError(
             f"{name} needs a model that predicts noise; this one predicts {own.config.prediction_type}"
         )
-    ddim = diffusers.DDIMScheduler.from_config(own.config)
+    ddim = solver("ddim", own.config)
     fine = steps if name == "usg" else steps * max(1, -(-_FINE // steps))
     scheduler = aligned(ddim, steps, fine) if name == "sdu" else ddim
     times = [float(t) for t in probe_schedule(scheduler, steps).timesteps]

@@ -80,7 +80,8 @@ def _write_page(outcome: Outcome) -> Path:
     lines = [
         f"# {outcome.study.title}", "",
         f"`sfumato reproduce {outcome.study.name} --model {outcome.asked.model} --images {outcome.asked.images}"
-        f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}`. {machine()}", "",
+        f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}"
+        f"{' --main' if outcome.asked.main else ''}`. {_machine()}", "",
         "Fréchet distance, precision and recall are in the features of a classifier that was trained on the same real "
         "data, so they are not comparable with published FID; differences are to the first row, with 95 % intervals of "
         "a bootstrap over pairs of the same prompt and seed. PSNR is the median to the original's image. MB and rounds "
@@ -110,6 +111,14 @@ def _validated(v: Validation) -> tuple[str, ...]:
     told = "-" if v.merit.frechet is None else f"{v.merit.frechet:.3f}"
     near, same = (f"{v.smallest_db:.1f}", f"{v.median_db:.1f}"), f"{100 * v.same_class:.1f} %"
     return (v.name, f"{v.merit.images:,}", *near, same, told, f"{v.merit.cpu_s:.2f}")
+
+
+def _machine() -> str:
+    known = machine()
+    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items())
+    return (
+        f"{known['cpu']}, {known['cores']} cores, {known['memory_gib']} GiB; {known['system']}; {packages}."
+    )
 
 
 def _markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -22,6 +22,7 @@ from sfumato.study.sweep import Row
 
 __all__ = ["Merit", "merit"]
 
+_FEWEST = 20  # with fewer images neighbours say nothing
 _NEIGHBOURS_OF = 2000  # images for precision and recall: all pairs are in memory
 
 
@@ -68,6 +69,7 @@ def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -
         distance = frechet(Features.of(row.features), real)
         told = accuracy(row.said, row.wanted)
         f1 = f1_of_two(row.said, row.wanted, sorted(set(row.wanted.tolist())))
+    if model.judge is not None and model.reference is not None and count >= _FEWEST:
         some = row.features[:_NEIGHBOURS_OF]
         precision, recall = precision_recall(some, model.reference.features.float()[: len(some)])
     beside = None if base is None or (base.setting == row.setting and base.backend == row.backend) else base

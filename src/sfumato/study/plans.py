@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +16,10 @@ from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.picture import Clamp
 from sfumato.diffusion.probe import probe_schedule
+from sfumato.diffusion.samplers import solver
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.scores import aligned
-from sfumato.diffusion.settings import SCHEDULERS
-from sfumato.errors import JobError
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.capture import capture
 from sfumato.graph.plan import Plan, make_plan
@@ -62,11 +60,8 @@ def course(subject: Subject, setting: Setting) -> Course:
     Raises:
         JobError: no such scheduler, or one that does not do these steps.
     """
-    if setting.solver not in SCHEDULERS:
-        raise JobError(f"there is no solver {setting.solver!r}; use one of {', '.join(SCHEDULERS)}")
     spaced = {} if setting.spacing is None else {"timestep_spacing": setting.spacing}
-    kind = getattr(diffusers, SCHEDULERS[setting.solver])
-    scheduler = kind.from_config({**subject.scheduler.config, **spaced})
+    scheduler = solver(setting.solver, subject.scheduler.config, **spaced)
     if setting.aligned:
         fine = 50 if setting.offline is None else setting.offline.fine
         scheduler = aligned(scheduler, setting.steps, fine)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loading import load_pipeline
 from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.samplers import solver
 from sfumato.errors import JobError
 from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.classes import NAMES, ClassModel, load_class_model, weights_path
@@ -35,8 +35,8 @@ class Examiner(Protocol):
     def extract(self, images: Tensor) -> Tensor:
         """Features (N, d)."""
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Class numbers (N,)."""
+    def classify(self, images: Tensor, *, among: Sequence[int]) -> Tensor:
+        """Class numbers (N,), each the likeliest of these."""
 
 
 class _Doubled(nn.Module):
@@ -144,7 +144,7 @@ def of_pipeline(name: str, pipe: Any, prompts: list[str], *, guidance: float) ->
     assert factor >= 1
     return Subject(
         name, Denoiser(unet, guided=False).eval(), Denoiser(unet, guided=True).eval(),
-        DDIMScheduler.from_config(pipe.scheduler.config), texts.detach(), blank[:1].detach(),
+        solver("ddim", pipe.scheduler.config), texts.detach(), blank[:1].detach(),
         (unet.config.in_channels, size, size), guidance, decode,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _by_class(model: ClassModel, folder: str) -> Subject:
     # Features are compared within one judge: both from the folder, or both from sfumato.
     beside = Path(folder) if kind.judge == "cifar10" and folder else None
     return Subject(
-        model.name, model.network.eval(), _Doubled(model.network).eval(), DDIMScheduler(**kind.scheduler),
+        model.name, model.network.eval(), _Doubled(model.network).eval(), solver("ddim", kind.scheduler),
         model.embeddings.detach(), model.null.detach(), kind.shape, kind.guidance, inner, kind.labels,
         load_named_judge(kind.judge, beside), load_reference(kind.reference, beside),
     )  # fmt: skip

@@ -165,7 +165,7 @@ def drawn(chunk: Chunk, drawer: Drawer) -> bytes:
     if model.judge is None:
         features, said = torch.zeros((chunk.images, 0)), torch.zeros(chunk.images, dtype=torch.int64)
     else:
-        features, said = model.judge.extract(images), model.judge.classify(images)
+        features, said = model.judge.extract(images), model.judge.classify(images, among=model.labels)
     labels = [model.labels[i] if model.labels else 0 for i in prompts]
     return save(
         {

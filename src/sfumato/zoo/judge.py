@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,9 +58,15 @@ class Classifier(nn.Module):
         yield from self.prepared(images).split(size)
 
     @torch.no_grad()
-    def classify(self, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
-        """Class numbers (N,) of images, bytes or floats in [0, 1]."""
-        return torch.cat([self.views(x).argmax(1) for x in self._batches(images, batch)])
+    def classify(
+        self, images: torch.Tensor, batch: int = 500, among: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Class numbers (N,) of images, bytes or floats in [0, 1]. ``among``: the likeliest of these classes alone."""
+        scores = torch.cat([self.views(x) for x in self._batches(images, batch)])
+        if among is None:
+            return scores.argmax(1)
+        chosen = torch.tensor(list(among))
+        return chosen[scores[:, chosen].argmax(1)]
 
     @torch.no_grad()
     def extract(self, images: torch.Tensor, batch: int = 500) -> torch.Tensor:
