@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from rich.console import Console
+from transformers import CLIPConfig, CLIPModel
 from typer.testing import CliRunner
 
 from sfumato.shell.cli import app
@@ -19,6 +22,7 @@ from sfumato.study import reproduce as studies
 from sfumato.study.reproduce import Asked
 from sfumato.study.setting import Offline, Setting
 from sfumato.study.tables import Study, Table
+from sfumato.zoo import embedded_path
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -79,3 +83,43 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path: Path, arguments: list[s
     found = CliRunner().invoke(app, ["reproduce", *arguments, "--out", str(tmp_path / "out")])
     assert found.exit_code == 2
     assert sentence in found.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pipeline and a CLIP model in the hub's layout, small, with random weights."""
+    folder = tmp_path_factory.mktemp("hub")
+    pipe = DiffusionPipeline.from_pretrained(embedded_path())
+    pipe.save_pretrained(folder / "pipe")
+    torch.manual_seed(0)
+    text = pipe.text_encoder.config.to_dict() | {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    pipe.tokenizer.save_pretrained(folder / "clip")
+    return folder / "pipe", folder / "clip"
+
+
+def test_any_pipeline_with_prompts_of_its_own(
+    tmp_path: Path, folders: tuple[Path, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_RUNS", 8)
+    monkeypatch.setattr(plans, "_TOGETHER", 2)
+    monkeypatch.setattr(studies, "_CHUNK", 2)
+    monkeypatch.setattr(tables, "ORIGINAL", replace(tables.ORIGINAL, steps=2))
+    monkeypatch.setitem(tables.STUDIES, "sdu", (small, ("embedded",)))
+    captions = data_dir / "prompts" / "coco_val2017_prompts.txt"
+    prompts = tuple(line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip())[:4]
+    pipe, clip = map(str, folders)
+    asked = Asked(paper="sdu", model=pipe, out=tmp_path, images=4, prompts=prompts, clip=clip)
+    merits = run_reproduce(asked, Console(file=io.StringIO())).merits
+    base = merits[tables.ORIGINAL.name]
+    assert base.frechet == pytest.approx(0.0, abs=1e-6)
+    assert all(m.clip is not None and -100 <= m.clip <= 100 for m in merits.values())
+    assert merits["approximated, 10 steps"].clip == pytest.approx(base.clip, abs=1.0)
+    assert (tmp_path / "sdu-pipe.md").is_file()

@@ -49,8 +49,8 @@ def made(name: str, frechet: float, megabytes: float, against: tuple[float, floa
     near: dict[str, Any] = dict.fromkeys(("precision", "recall", "psnr_db", "feature_distance"), 0.5)
     return Merit(
         name=name, backend="plain", images=100, frechet=frechet, against=Interval(*against),
-        accuracy=Interval(0.9, 0.8, 1.0), points=Interval(0.0, -0.5, 0.5), f1=0.9, megabytes=megabytes, rounds=10,
-        client_megabytes=1.0, offline_megabytes=0.0, seconds=1.0, cpu_s=1.0, setting={}, **near,
+        accuracy=Interval(0.9, 0.8, 1.0), points=Interval(0.0, -0.5, 0.5), f1=0.9, clip=None, megabytes=megabytes,
+        rounds=10, client_megabytes=1.0, offline_megabytes=0.0, seconds=1.0, cpu_s=1.0, setting={}, **near,
     )  # fmt: skip
 
 

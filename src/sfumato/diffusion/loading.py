@@ -27,6 +27,7 @@ from sfumato.zoo import embedded_path
 __all__ = [
     "check_class",
     "check_pipeline",
+    "load_clip",
     "load_pipeline",
     "own_component",
     "weights_digest",
@@ -178,6 +179,14 @@ def _as_served(pipe: Any, served: str) -> Any:
         made = _pipeline_class(served)(**given, requires_safety_checker=needs)
     made.scheduler = pipe.scheduler
     return made
+
+
+def load_clip(path_or_id: str) -> tuple[Any, Any]:
+    """(CLIP model, its tokenizer) of a folder or a hub id, in float32."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    with without_bars():
+        return CLIPModel.from_pretrained(path_or_id).float(), AutoTokenizer.from_pretrained(path_or_id)
 
 
 def weights_digest(*modules: nn.Module) -> str:

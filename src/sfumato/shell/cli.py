@@ -387,7 +387,8 @@ def reproduce(
     model: Annotated[
         str | None,
         typer.Option(
-            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish. [default: the paper's first]"
+            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. "
+            "[default: the paper's first]"
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=100, help="Of each row, simulated in the clear.")] = 1000,
@@ -396,6 +397,12 @@ def reproduce(
     weights: Annotated[
         Path | None, typer.Option(help="Folder of weights that do not come with sfumato (cifar10).")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to draw, one a line, with any pipeline.")
+    ] = None,
+    clip: Annotated[
+        str, typer.Option(metavar="MODEL", help="A CLIP model, folder or hub id: score and distances.")
+    ] = "",
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Fan out over a Ray cluster, or 'auto'.")
     ] = None,
@@ -415,6 +422,7 @@ def reproduce(
     asked = Asked(
         paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure, main=main_rows,
         ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
+        prompts=tuple(prompts_in(prompts) or ()), clip=clip,
     )  # fmt: skip
     run_reproduce(asked, Console())
 

@@ -18,7 +18,8 @@ from sfumato.study.reproduce import Asked, Outcome, Validation, reproduce, table
 __all__ = ["run_reproduce"]
 
 _COLUMNS = (
-    "row", "images", "Fréchet", "difference", "accuracy", "F1", "precision / recall", "PSNR", "MB", "rounds", "CPU s",
+    "row", "images", "Fréchet", "difference", "accuracy", "CLIP", "F1", "precision / recall", "PSNR", "MB", "rounds",
+    "CPU s",
 )  # fmt: skip
 _GRID_ROWS, _GRID_IMAGES = 8, 10
 
@@ -65,7 +66,8 @@ def _cells(m: Merit) -> tuple[str, ...]:
     told = "-" if m.accuracy is None else f"{100 * m.accuracy.value:.1f} %"
     both = "-" if m.precision is None else f"{m.precision:.2f} / {m.recall:.2f}"
     return (
-        m.name, f"{m.images:,}", number(m.frechet, ".3f"), percent(m.against), told, number(m.f1, ".3f"), both,
+        m.name, f"{m.images:,}", number(m.frechet, ".3f"), percent(m.against), told, number(m.clip, ".2f"),
+        number(m.f1, ".3f"), both,
         number(m.psnr_db, ".1f"), number(m.megabytes, ",.1f"), number(m.rounds, ","), number(m.cpu_s, ".3f"),
     )  # fmt: skip
 
@@ -74,7 +76,7 @@ def _cells(m: Merit) -> tuple[str, ...]:
 
 
 def _write_page(outcome: Outcome) -> Path:
-    name, out = f"{outcome.study.name}-{outcome.asked.model}", outcome.asked.out
+    name, out = outcome.asked.name, outcome.asked.out
     _grid(outcome, out / f"{name}-images.png")
     _plot(outcome, out / f"{name}-cost.png")
     lines = [

@@ -33,7 +33,8 @@ class Merit:
     ``frechet``: to the real training images, in the judge's features; ``against``: its relative difference to the base
     row's, with the interval of a paired bootstrap. ``accuracy`` and its difference in points. ``psnr_db``: median to
     the base row's image of the same seed and prompt, of 8-bit images; ``feature_distance``: of their features, relative
-    (a stand-in for LPIPS). ``f1``: of the classes that were asked for. Bytes are of all parties to each other.
+    (a stand-in for LPIPS). ``f1``: of the classes that were asked for. ``clip``: mean cosine of image and prompt, times
+    100, where the judge is CLIP; distances are then to the base row's images. Bytes are of all parties to each other.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Merit:
     accuracy: Interval | None
     points: Interval | None
     f1: float | None
+    clip: float | None
     precision: float | None
     recall: float | None
     psnr_db: float | None
@@ -63,7 +65,11 @@ class Merit:
 def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -> Merit:
     """Figures of ``row`` beside those of ``base`` (drawn with the same seeds; the longer of the two is cut)."""
     count = len(row.images)
-    distance = told = f1 = precision = recall = None
+    distance = told = f1 = precision = recall = clip = None
+    if model.asked is not None:
+        wanted = model.asked[[i % len(model.asked) for i in range(count)]]
+        clip = 100.0 * float((row.features * wanted).sum(1).mean())
+        distance = None if base is None else frechet(Features.of(row.features), Features.of(base.features))
     if model.judge is not None and model.reference is not None:
         real = Features(model.reference.mean.double(), model.reference.covariance.double())
         distance = frechet(Features.of(row.features), real)
@@ -78,14 +84,14 @@ def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -
         shared = min(count, len(beside.images))
         ours, theirs = row.first(shared), beside.first(shared)
         near = float(psnr(ours.images / 255.0, theirs.images / 255.0).median())
-        if distance is not None and model.reference is not None:
+        if model.reference is not None:
             real = Features(model.reference.mean.double(), model.reference.covariance.double())
             against = frechet_difference(ours.features, theirs.features, real)
             points = _paired(ours, theirs)
             moved = (ours.features - theirs.features).norm(dim=1)
             apart = float((moved / theirs.features.norm(dim=1).clamp(min=1e-9)).median())
     return Merit(
-        row.setting.name, row.backend, count, distance, against, told, points, f1, precision, recall, near, apart,
+        row.setting.name, row.backend, count, distance, against, told, points, f1, clip, precision, recall, near, apart,
         None if cost is None else sum(cost.online_bytes) / 1e6, None if cost is None else cost.online_rounds,
         None if cost is None else cost.client_bytes / 1e6, None if cost is None else sum(cost.offline_bytes) / 1e6,
         row.seconds / count, row.cpu_s / count, row.setting.to_json(),

@@ -19,7 +19,7 @@ from sfumato.errors import JobError
 from sfumato.graph.plan import Plan
 from sfumato.study.plans import CALIBRATION_SEED, course
 from sfumato.study.setting import Offline, Setting
-from sfumato.study.subject import Subject, subject
+from sfumato.study.subject import Subject
 
 __all__ = ["Fit", "correction", "fitted", "records"]
 
@@ -28,15 +28,11 @@ _OTHERS = 10_000_000  # seeds of records that are independent of their images
 
 def records(model: Subject, seeds: Sequence[int], fine: int) -> list[Record]:
     """The exact unconditional DDIM trajectories of these seeds over ``fine`` steps."""
-    return _records(model.name, tuple(seeds), fine) if model.judge is not None else _drawn(model, seeds, fine)
+    return _records(model, tuple(seeds), fine)
 
 
 @lru_cache(maxsize=4)
-def _records(name: str, seeds: tuple[int, ...], fine: int) -> list[Record]:
-    return _drawn(subject(name), seeds, fine)
-
-
-def _drawn(model: Subject, seeds: Sequence[int], fine: int) -> list[Record]:
+def _records(model: Subject, seeds: tuple[int, ...], fine: int) -> list[Record]:
     schedule, seen = probe_schedule(model.scheduler, fine), list[tuple[Tensor, Tensor]]()
     last = sample(
         model, schedule, model.noise(seeds) * schedule.init_sigma, model.null.expand(len(seeds), -1, -1), None,

@@ -31,7 +31,8 @@ class Asked:
 
     ``images``: of each row by the plan's arithmetic in the clear; ``secure``: of each main row under the protocol,
     three processes over TLS, or 0; ``main``: the main rows alone. ``weights``: folder of those that do not come with
-    sfumato.
+    sfumato. ``prompts``: of a pipeline, which ``model`` then names by folder or hub id; ``clip``: a CLIP model to
+    examine its images with.
     """
 
     paper: str
@@ -42,6 +43,13 @@ class Asked:
     main: bool = False
     ray: str | None = None
     weights: str = ""
+    prompts: tuple[str, ...] = ()
+    clip: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of files: the paper, and the model or the last part of its path."""
+        return f"{self.paper}-{Path(self.model).name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +94,12 @@ def reproduce(asked: Asked, progress: Callable[[str, int, int], None] | None = N
     Raises:
         JobError: an unknown paper or model, weights that are not here, or numbers of images that do not fit.
     """
-    wanted = study(asked.paper, asked.model)
+    wanted = study(asked.paper, asked.model, listed=not asked.prompts)
     if asked.images < _CHUNK or asked.images % _CHUNK:
         raise JobError(f"--images must be a multiple of {_CHUNK}, not {asked.images}")
     if asked.secure % _SECURE_CHUNK or asked.secure > asked.images:
         raise JobError(f"--secure must be a multiple of {_SECURE_CHUNK}, and at most --images")
-    model = subject(asked.model, asked.weights)
+    model = subject(asked.model, asked.weights, asked.prompts, asked.clip)
 
     def counted(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, all: progress(what, done, all)
@@ -119,14 +127,24 @@ def tables_of(asked: Asked, wanted: Study) -> Sequence[Table]:
 
 def write(outcome: Outcome) -> Path:
     """The records, as JSON."""
-    path = outcome.asked.out / f"{outcome.study.name}-{outcome.asked.model}.json"
+    path = outcome.asked.out / f"{outcome.asked.name}.json"
     path.write_text(json.dumps(outcome.to_json(), indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def _sweep(asked: Asked, images: int, backend: str = "plain") -> Sweep:
     chunk = _CHUNK if backend == "plain" else _SECURE_CHUNK
-    return Sweep(asked.out / "chunks", asked.model, images, chunk, backend, asked.ray, asked.weights)
+    return Sweep(
+        asked.out / "chunks",
+        asked.model,
+        images,
+        chunk,
+        backend,
+        asked.ray,
+        asked.weights,
+        asked.prompts,
+        asked.clip,
+    )
 
 
 def _share(images: int, share: float) -> int:

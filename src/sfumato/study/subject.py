@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from sfumato.diffusion.loading import load_pipeline
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.samplers import solver
 from sfumato.errors import JobError
+from sfumato.study.clip import clip_examiner
 from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.classes import NAMES, ClassModel, load_class_model, weights_path
 from sfumato.zoo.judge import load_named_judge
@@ -27,6 +28,7 @@ __all__ = ["SUBJECTS", "Examiner", "Subject", "of_pipeline", "subject"]
 #: Those that come with sfumato.
 SUBJECTS = ("embedded", *NAMES)
 _CLASSES = 20
+_USUAL_GUIDANCE = 7.5
 
 
 class Examiner(Protocol):
@@ -51,14 +53,15 @@ class _Doubled(nn.Module):
         return output
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """A model and what belongs to it.
 
     ``single``, ``guided``: the denoiser for one half, and for both; called with (sample, timestep,
     encoder_hidden_states). ``texts``: (prompts, tokens, width) in the order of ``labels``, the judge's class of each
-    prompt (empty without a judge); ``null``: (1, tokens, width). ``shape``: of one sample. ``decode``: samples to
-    images (N, C, H, W) in [0, 1]. ``guidance``: None for a model that is sampled without.
+    prompt (empty where it has none); ``null``: (1, tokens, width). ``shape``: of one sample. ``decode``: samples to
+    images (N, C, H, W) in [0, 1]. ``guidance``: None for a model that is sampled without. ``asked``: (prompts, d), what
+    the judge says of the prompts themselves, where it is CLIP.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Subject:
     labels: tuple[int, ...] = ()
     judge: Examiner | None = None
     reference: Reference | None = None
+    asked: Tensor | None = None
 
     def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The exact network on (B, *shape), with texts of batch B or 2B; in float32."""
@@ -94,16 +98,26 @@ class Subject:
 
 
 @cache
-def subject(name: str, folder: str = "") -> Subject:
-    """One of :data:`SUBJECTS`. ``folder``: of weights that do not come with sfumato.
+def subject(name: str, folder: str = "", prompts: tuple[str, ...] = (), clip: str = "") -> Subject:
+    """One of :data:`SUBJECTS`, or with ``prompts`` any pipeline by its folder or hub id. ``folder``: of weights that do
+    not come with sfumato; ``clip``: a CLIP model, by folder or hub id, that examines a pipeline's images.
 
     Raises:
         JobError: there is none of this name, or its weights are not here.
     """
+    if prompts:
+        pipe = load_pipeline(name, "StableDiffusionPipeline")
+        made = of_pipeline(name, pipe, list(prompts), guidance=_USUAL_GUIDANCE)
+        if not clip:
+            return made
+        examiner = clip_examiner(clip)
+        return replace(made, judge=examiner, asked=examiner.of_prompts(list(prompts)))
     if name == "embedded":
         return _embedded()
     if name not in NAMES:
-        raise JobError(f"there is no model {name!r} for studies; use one of {', '.join(SUBJECTS)}")
+        raise JobError(
+            f"there is no model {name!r} for studies; use one of {', '.join(SUBJECTS)}, or a pipeline and --prompts"
+        )
     return _by_class(load_class_model(name, _own(name, folder)), folder)
 
 
@@ -116,9 +130,8 @@ def _embedded() -> Subject:
     pipe = load_pipeline(str(embedded_path()), "StableDiffusionPipeline")
     prompts = [plain_prompt(label) for label in range(_CLASSES)]
     made = of_pipeline("embedded", pipe, prompts, guidance=RECOMMENDED_GUIDANCE)
-    return Subject(
-        **{name: getattr(made, name) for name in made.__slots__ if name not in ("labels", "judge", "reference")},
-        labels=tuple(range(_CLASSES)), judge=load_named_judge("grey"), reference=load_reference("embedded"),
+    return replace(
+        made, labels=tuple(range(_CLASSES)), judge=load_named_judge("grey"), reference=load_reference("embedded"),
     )  # fmt: skip
 
 
@@ -132,7 +145,7 @@ def of_pipeline(name: str, pipe: Any, prompts: list[str], *, guidance: float) ->
         raise JobError(f"studies need a model that predicts noise; {name} does not")
     with torch.no_grad():
         texts, blank = pipe.encode_prompt(prompts, torch.device("cpu"), 1, True)
-    unet, factor = pipe.unet.eval(), pipe.vae_scale_factor
+    unet = pipe.unet.eval()
     size = unet.config.sample_size
     vae = pipe.vae.eval()
 
@@ -141,7 +154,6 @@ def of_pipeline(name: str, pipe: Any, prompts: list[str], *, guidance: float) ->
             image: Tensor = vae.decode(latents.float() / vae.config.scaling_factor).sample
         return (image / 2 + 0.5).clamp(0, 1)
 
-    assert factor >= 1
     return Subject(
         name, Denoiser(unet, guided=False).eval(), Denoiser(unet, guided=True).eval(),
         solver("ddim", pipe.scheduler.config), texts.detach(), blank[:1].detach(),

@@ -5,6 +5,7 @@ With Ray (extra ``[ray]``) chunks are drawn on every machine of a cluster; resul
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ FIRST_SEED = 50_000
 class Chunk:
     """Images ``start`` to ``start + images`` of a row: prompts in turn, a seed for each.
 
-    ``row`` is a setting as JSON, ``weights`` the folder of those that do not come with sfumato: what a worker on
-    another machine needs.
+    ``row`` is a setting as JSON; ``weights``, ``prompts`` and ``clip`` are those of `subject`: what a worker on another
+    machine needs.
     """
 
     subject: str
@@ -42,6 +43,8 @@ class Chunk:
     images: int
     backend: str
     weights: str = ""
+    prompts: tuple[str, ...] = ()
+    clip: str = ""
 
     @property
     def setting(self) -> Setting:
@@ -78,7 +81,7 @@ class Sweep:
     """Settings of one subject, ``images`` of each, in files under ``folder``.
 
     ``chunk``: images drawn at once. ``ray``: address of a cluster, ``"auto"``, or None for this process alone.
-    ``weights``: the folder of weights that do not come with sfumato.
+    ``weights``, ``prompts`` and ``clip``: as in `subject`.
     """
 
     folder: Path
@@ -88,6 +91,8 @@ class Sweep:
     backend: str = "plain"
     ray: str | None = None
     weights: str = ""
+    prompts: tuple[str, ...] = ()
+    clip: str = ""
 
     def run(
         self, settings: Sequence[Setting], progress: Callable[[int, int], None] | None = None
@@ -139,11 +144,20 @@ class Sweep:
     def file(self, chunk: Chunk) -> Path:
         """Where a chunk is kept."""
         digest, name = chunk.setting.digest, f"{chunk.start:06d}-{chunk.images}.safetensors"
-        return self.folder / chunk.subject / f"{digest}-{chunk.backend}" / name
+        return self.folder / self._place / f"{digest}-{chunk.backend}" / name
+
+    @property
+    def _place(self) -> str:
+        """A folder's name; of a pipeline, by what it is asked for."""
+        if not self.prompts:
+            return self.subject
+        facts = json.dumps([self.subject, self.prompts, self.clip])
+        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
     def _chunk(self, setting: Setting, start: int) -> Chunk:
         row = json.dumps(setting.to_json())
-        return Chunk(self.subject, row, start, self.chunk, self._backend(setting), self.weights)
+        more = (self.weights, self.prompts, self.clip)
+        return Chunk(self.subject, row, start, self.chunk, self._backend(setting), *more)
 
     def _backend(self, setting: Setting) -> str:
         return "exact" if setting.profile is None else self.backend
@@ -186,7 +200,9 @@ class _Workshop:
         backend = "plain" if chunk.backend == "exact" else chunk.backend
         key = (chunk.subject, chunk.images, backend)
         if key not in self._drawers:
-            self._drawers[key] = Drawer(subject(chunk.subject, chunk.weights), chunk.images, backend)
+            self._drawers[key] = Drawer(
+                subject(chunk.subject, chunk.weights, chunk.prompts, chunk.clip), chunk.images, backend
+            )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # small batches are slower with more
         try:

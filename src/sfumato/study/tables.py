@@ -209,8 +209,8 @@ STUDIES: dict[str, tuple[Callable[[str], Study], tuple[str, ...]]] = {
 }
 
 
-def study(paper: str, model: str) -> Study:
-    """The rows of a paper on a model.
+def study(paper: str, model: str, *, listed: bool = True) -> Study:
+    """The rows of a paper on a model; ``listed``: one that comes with sfumato, else any pipeline.
 
     Raises:
         JobError: there is no such paper, or it is not studied on this model.
@@ -218,7 +218,7 @@ def study(paper: str, model: str) -> Study:
     if paper not in STUDIES:
         raise JobError(f"there is no study of {paper!r}; use one of {', '.join(STUDIES)}")
     make, models = STUDIES[paper]
-    if model not in models:
+    if listed and model not in models:
         raise JobError(f"{paper} is studied on {', '.join(models)}, not on {model!r}")
     made = make(model)
     return _same_time(made) if model.startswith("mnist") else made
