@@ -60,7 +60,7 @@ KINDS: Mapping[str, Kind] = {
         lambda: ClassUNet(activation="mish"), (1, 28, 28), (0, 1), _VELOCITY, None, "grey", "mnist01"
     ),
     "mnist10": Kind(
-        lambda: ClassUNet(base=8, groups=4, times=(16, 32)), (1, 28, 28), tuple(range(10)), _VELOCITY, 2.0, "grey",
+        lambda: ClassUNet(base=8, groups=4, times=(16, 32)), (1, 28, 28), tuple(range(10)), _VELOCITY, None, "grey",
         "mnist10",
     ),
     "cifar10": Kind(

@@ -14,7 +14,7 @@ from .. import embedded_path
 from ..classes import KINDS, ClassModel, Kind, save_class_model
 from ..judge import JUDGES, ColourJudge, load_named_judge, save_judge
 from ..references import Reference, reference_of, save_references
-from .data import DataError, load_split
+from .data import SETS, DataError, load_split
 from .loop import Indices, channels_last, run
 from .unet import LATENTS
 from .vae import encode_all
@@ -140,10 +140,11 @@ def train_colour_judge(data: Path, out: Path, minutes: float) -> Path:
 def write_references(data: Path, out: Path, judges: Path | None = None) -> Path:
     """Features of the real training images of every model whose data and judge are there; the file."""
     found: dict[str, Reference] = {}
-    split = load_split(data, train=True)
-    features = load_named_judge("grey").extract(split.images)
-    for name, last in (("mnist01", 2), ("mnist10", 10), ("embedded", 20)):
-        found[name] = reference_of(features[split.labels < last])
+    if (data / SETS[0]).is_dir():
+        split = load_split(data, train=True)
+        features = load_named_judge("grey").extract(split.images)
+        for name, last in (("mnist01", 2), ("mnist10", 10), ("embedded", 20)):
+            found[name] = reference_of(features[split.labels < last])
     if (data / "cifar10").is_dir() and judges is not None:
         judge = load_named_judge("cifar10", judges)
         found["cifar10"] = reference_of(judge.extract(cifar10(data, train=True)[0]))
