@@ -28,7 +28,7 @@ from sfumato.study.subject import Subject
 
 __all__ = ["BACKENDS", "Drawer", "Drawn"]
 
-#: ``exact``: the network in float, without a plan; the others as `open_backend` knows them.
+#: As `open_backend` knows them; a setting without a profile needs none.
 BACKENDS = ("plain", "simulate", "local")
 #: Attempts at a chunk: each measures ranges on twice as many runs as the one before.
 _ATTEMPTS = 4

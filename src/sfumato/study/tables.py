@@ -18,7 +18,7 @@ ORIGINAL = Setting(name="original, 50 steps", steps=FINE)
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a heading, with what they are there to show. ``images``: a share of the study's number of images."""
+    """Rows under a heading, with what they are there to show. ``share``: of the study's number of images."""
 
     title: str
     shows: str
@@ -35,15 +35,6 @@ class Study:
     models: tuple[str, ...]
     main: tuple[Setting, ...]
     tables: tuple[Table, ...]
-
-    @property
-    def rows(self) -> tuple[Setting, ...]:
-        """All settings, each once, the base first."""
-        found = {row.digest: row for row in (ORIGINAL, *self.main)}
-        for table in self.tables:
-            for row in table.rows:
-                found.setdefault(row.digest, row)
-        return tuple(found.values())
 
 
 #: Our few-step settings by model: chosen on 1,000 images of the exact network that no study draws, and judged on others
