@@ -38,9 +38,7 @@ def small(model: str) -> Study:
     ten = Setting(name="approximated, 10 steps", steps=2, profile="fast")
     corrected = Setting(name="SDU, 10 steps", steps=2, profile="fast", offline=Offline(fine=2))
     main = (approximated, ten, corrected)
-    return Study(
-        "sdu", "a small study", (model,), main, (Table("Main", "all of it", (tables.ORIGINAL, *main)),)
-    )
+    return Study("sdu", "a small study", main, (Table("Main", "all of it", (tables.ORIGINAL, *main)),))
 
 
 def test_from_images_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.picture import Picture, blank_like, drawn_like
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.request import Prepared
+from sfumato.diffusion.sampling import guided
 from sfumato.diffusion.schedule import KINDS
 from sfumato.errors import CaptureError
 from sfumato.graph.calibrate import Calibration
@@ -191,9 +192,7 @@ def _trajectory(
         if way.keeps:
             output, features = output
         if guidance is not None:
-            without, towards = output.chunk(2)
-            weight = 1.0 if way.single and not way.known else guidance
-            output = without + weight * (towards - without)
+            output = guided(output, 1.0 if way.single and not way.known else guidance)
         held["outputs"][k] = output
         if step.clip is not None:
             value = step.clip.value.of(held, k)

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loop import call_kwargs
+from sfumato.diffusion.sampling import guided
 from sfumato.errors import JobError
 from sfumato.zoo import RECOMMENDED_GUIDANCE
 
@@ -120,8 +121,8 @@ def he_diffusion(
         """By the server, from the latents in the clear."""
         given = call_kwargs(torch.tensor(times[k]), text, None)
         with torch.no_grad():
-            low, high = denoiser(latents.float(), **given).double().chunk(2)
-        seen.append(Seen(times[k], abars[k], latents, low + guidance * (high - low)))
+            output = denoiser(latents.float(), **given).double()
+        seen.append(Seen(times[k], abars[k], latents, guided(output, guidance)))
         return seen[-1].output
 
     shape = (1, pipe.unet.config.in_channels, size, size)

@@ -11,12 +11,18 @@ from torch import Tensor
 from sfumato.diffusion.correction import Correction
 from sfumato.diffusion.schedule import KINDS, Schedule
 
-__all__ = ["Network", "sample"]
+__all__ = ["Network", "guided", "sample"]
 
 #: Called at each step with the sample in the scheduler's own scale and the combined output.
 Watch = Callable[[Tensor, Tensor], None]
 #: (sample, timestep, text) -> outputs: the half without a prompt first where ``text`` has two halves.
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guided(output: Tensor, weight: float) -> Tensor:
+    """Both halves of an output, the one without a prompt first, combined with the prompt's weight."""
+    without, towards = output.chunk(2)
+    return without + weight * (towards - without)
 
 
 def sample(
@@ -56,8 +62,8 @@ def sample(
             given = text.chunk(2)[1] if single else text
             output = network(held["samples"][k].float(), folded.timesteps[k], given).to(torch.float64)
         weight = weights[k]
-        without, towards = (output, output) if weight is None else output.chunk(2)
-        combined = towards if weight is None else without + weight * (towards - without)
+        towards = output if weight is None else output.chunk(2)[1]
+        combined = output if weight is None else guided(output, weight)
         if correction is not None:
             combined = combined - correction.pulls[k] * towards + correction.additions[k]
         held["outputs"][k] = combined

@@ -70,12 +70,13 @@ def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -
         wanted = model.asked[[i % len(model.asked) for i in range(count)]]
         clip = 100.0 * float((row.features * wanted).sum(1).mean())
         distance = None if base is None else frechet(Features.of(row.features), Features.of(base.features))
-    if model.judge is not None and model.reference is not None:
+    real = None
+    if model.reference is not None:
         real = Features(model.reference.mean.double(), model.reference.covariance.double())
         distance = frechet(Features.of(row.features), real)
         told = accuracy(row.said, row.wanted)
         f1 = f1_of_two(row.said, row.wanted, sorted(set(row.wanted.tolist())))
-    if model.judge is not None and model.reference is not None and count >= _FEWEST:
+    if model.reference is not None and count >= _FEWEST:
         some = row.features[:_NEIGHBOURS_OF]
         precision, recall = precision_recall(some, model.reference.features.float()[: len(some)])
     beside = None if base is None or (base.setting == row.setting and base.backend == row.backend) else base
@@ -84,8 +85,7 @@ def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -
         shared = min(count, len(beside.images))
         ours, theirs = row.first(shared), beside.first(shared)
         near = float(psnr(ours.images / 255.0, theirs.images / 255.0).median())
-        if model.reference is not None:
-            real = Features(model.reference.mean.double(), model.reference.covariance.double())
+        if real is not None:
             against = frechet_difference(ours.features, theirs.features, real)
             points = _paired(ours, theirs)
             moved = (ours.features - theirs.features).norm(dim=1)

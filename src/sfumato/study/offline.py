@@ -13,7 +13,7 @@ from sfumato.diffusion.correction import Correction
 from sfumato.diffusion.planned import PlannedNetwork
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.record import Record
-from sfumato.diffusion.sampling import sample
+from sfumato.diffusion.sampling import guided, sample
 from sfumato.diffusion.scores import deviations, measured, scores
 from sfumato.errors import JobError
 from sfumato.graph.plan import Plan
@@ -107,8 +107,8 @@ def fitted(model: Subject, setting: Setting, plan: Plan, images: int) -> Fit:
             k = len(beta)
             given, exact = approximated(z, t, text), model(z, t, text).double()
             weight = going.guidance[k]
-            towards = given.chunk(2)[1] if weight is not None else given
-            wanted = _combined(exact, weight) - _combined(given, weight)
+            towards = given if weight is None else given.chunk(2)[1]
+            wanted = exact - given if weight is None else guided(exact, weight) - guided(given, weight)
             basis = torch.stack([off[k].flatten(), (score[k].double() - towards).flatten()], 1)
             solved = torch.linalg.lstsq(basis, wanted.flatten()[:, None]).solution.flatten()
             beta.append(float(solved[0]))
@@ -121,10 +121,3 @@ def fitted(model: Subject, setting: Setting, plan: Plan, images: int) -> Fit:
         first = model.noise(seeds) * going.schedule.init_sigma
         sample(network, going.schedule, first, text, going.guidance if going.guided else None)
     return Fit(tuple(beta), tuple(pull), tuple(correlation))
-
-
-def _combined(output: Tensor, weight: float | None) -> Tensor:
-    if weight is None:
-        return output
-    without, towards = output.chunk(2)
-    return without + weight * (towards - without)

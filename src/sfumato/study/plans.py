@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Course:
         return any(weight is not None for weight in self.guidance)
 
 
+@lru_cache(maxsize=32)  # probing a scheduler runs it; every chunk asks several times
 def course(subject: Subject, setting: Setting) -> Course:
     """
     Raises:

@@ -193,16 +193,15 @@ class _Workshop:
     """Drawers that are kept from chunk to chunk."""
 
     def __init__(self) -> None:
-        self._drawers: dict[tuple[str, int, str], Drawer] = {}
+        self._drawers: dict[tuple[Any, ...], Drawer] = {}
 
     def draw(self, chunk: Chunk) -> bytes:
         """The file of a chunk."""
         backend = "plain" if chunk.backend == "exact" else chunk.backend
-        key = (chunk.subject, chunk.images, backend)
+        drawn_with = (chunk.subject, chunk.weights, chunk.prompts, chunk.clip)
+        key = (*drawn_with, chunk.images, backend)
         if key not in self._drawers:
-            self._drawers[key] = Drawer(
-                subject(chunk.subject, chunk.weights, chunk.prompts, chunk.clip), chunk.images, backend
-            )
+            self._drawers[key] = Drawer(subject(*drawn_with), chunk.images, backend)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # small batches are slower with more
         try:

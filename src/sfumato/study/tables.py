@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sfumato.diffusion.correction import Pull
+from sfumato.diffusion.samplers import AUTO
 from sfumato.errors import JobError
 from sfumato.study.setting import Offline, Setting
 
@@ -32,21 +33,21 @@ class Study:
 
     name: str
     title: str
-    models: tuple[str, ...]
     main: tuple[Setting, ...]
     tables: tuple[Table, ...]
 
 
+_AUTO = AUTO["embedded"]
 #: Our few-step settings by model: chosen on 1,000 images of the exact network that no study draws, and judged on others
 #: (docs/corrections.md).
 OURS = {
     "embedded": Setting(
         name="ours, 5 steps",
-        steps=5,
+        steps=_AUTO.steps,
         solver="dpm++",
         spacing="trailing",
-        guidance=3.5,
-        unguided=1,
+        guidance=_AUTO.guidance,
+        unguided=_AUTO.arguments["unguided_steps"],
         profile="fast",
     ),
 }
@@ -115,7 +116,7 @@ def _sdu_study(model: str) -> Study:
         ),
     )
     return Study(
-        "sdu", "SDU: few secure steps, corrected by scores computed in the clear", (model,), main,
+        "sdu", "SDU: few secure steps, corrected by scores computed in the clear", main,
         (
             Table("SDU's Table 1", "the original, the approximated network, and the correction", (ORIGINAL, *main)),
             Table("Steps of the secret run", "SDU's Figure 5", (*ablation, _approximated(5), ours), 0.5),
@@ -142,7 +143,7 @@ def _usg_study(model: str) -> Study:
         name="usg-loose, guidance w - g_t (control 1)", steps=FINE, profile="usg-loose", lowered=Pull()
     )
     return Study(
-        "usg", "USG: loose approximations, corrected by unconditional scores", (model,),
+        "usg", "USG: loose approximations, corrected by unconditional scores",
         (*precise, *loose, ours),
         (
             Table("USG's Tables 1 and 2", "precise and loose, with and without the correction",
@@ -175,7 +176,7 @@ def _cipherdm_study(model: str) -> Study:
     )
     corrected = replace(_sdu(FINE, "cipherdm", reading="A"), name="CipherDM + USG", aligned=False)
     return Study(
-        "cipherdm", "CipherDM: its MNIST model, its approximations, and their repair", (model,), main,
+        "cipherdm", "CipherDM: its MNIST model, its approximations, and their repair", main,
         (
             Table("Quality", "CipherDM's approximations on a network that draws digits", (
                 ORIGINAL, *main, row("+ softmax", "spu", methods=soft), row("+ SiLU", "spu", methods=silu), corrected,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,7 @@ SHIFTS = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
 Trained = TypeVar("Trained", bound="Classifier")
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """Convolutions, pooled means and maxima, a vector of features, and scores of classes."""
 
     def __init__(self, plan: tuple[tuple[int, int, int], ...], features: int, classes: int) -> None:
@@ -45,13 +46,13 @@ class Classifier(nn.Module):
         """Class scores (N, classes)."""
         return self.head(functional.dropout(self.features(images), 0.2, self.training))
 
+    @abstractmethod
     def prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Images as `forward` takes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def views(self, images: torch.Tensor) -> torch.Tensor:
         """Mean log-probabilities over views of each image."""
-        raise NotImplementedError
 
     def _batches(self, images: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         self.eval()
