@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from torch import Tensor
 
 from sfumato.diffusion.correction import Correction, Pull
 from sfumato.diffusion.probe import probe_schedule
@@ -17,7 +18,7 @@ from sfumato.diffusion.settings import SCHEDULERS
 from sfumato.errors import JobError
 from sfumato.zoo import embedded_path
 
-__all__ = ["AUTO", "CORRECTED", "SAMPLERS", "Auto", "Sampling", "sampler", "solver"]
+__all__ = ["AUTO", "CORRECTED", "SAMPLERS", "Auto", "ClippedDPMSolver", "Sampling", "sampler", "solver"]
 
 #: Steps of the original run that a record follows.
 _FINE = 50
@@ -54,15 +55,33 @@ class Sampling:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ClippedDPMSolver(diffusers.DPMSolverMultistepScheduler):
+    """DPM-Solver++ whose predictions of the image are clipped to [-1, 1] (or ``clip_sample_range``), as DDIM's are.
+
+    diffusers' own drops ``clip_sample`` when it is configured from a scheduler that clips. In pixels few steps need it:
+    at the first one a prediction is the sample less its noise, divided by 0.006. Source: static thresholding, Saharia
+    et al. 2022, 2.3.
+    """
+
+    def convert_model_output(self, *args: Any, **kwargs: Any) -> Tensor:
+        limit = float(self.config.get("clip_sample_range", 1.0))
+        image: Tensor = super().convert_model_output(*args, **kwargs)
+        return image.clamp(-limit, limit)
+
+
 def solver(name: str, config: Mapping[str, Any], **changed: Any) -> Any:
-    """The diffusers scheduler of this name, configured as another one or by keyword.
+    """The diffusers scheduler of this name, configured as another one or by keyword; ``"dpm++"`` keeps the clipping of
+    a model in pixels (`ClippedDPMSolver`).
 
     Raises:
         JobError: there is no such scheduler.
     """
     if name not in SCHEDULERS:
         raise JobError(f"there is no solver {name!r}; use one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changed)
+    chosen = getattr(diffusers, SCHEDULERS[name])
+    if name == "dpm++" and config.get("clip_sample"):
+        chosen = ClippedDPMSolver
+    return chosen.from_config(config, **changed)
 
 
 def sampler(
