@@ -29,10 +29,11 @@ WRONG_PLATFORM = "not on this platform"
 NO_KERNELS = "no native kernels"
 NO_BROWSER = "no browser"
 NO_PEFT = "no peft"
+NO_FIDELITY = "no torch-fidelity"
 
 # A skip whose reason starts with none of these is a failure: a test that silently stopped running is worse
 # than a red one.
-EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM, NO_KERNELS, NO_BROWSER, NO_PEFT)
+EXPECTED_SKIPS = (NO_DATA, NO_CUDA, WRONG_PLATFORM, NO_KERNELS, NO_BROWSER, NO_PEFT, NO_FIDELITY)
 
 
 @pytest.fixture(scope="session")

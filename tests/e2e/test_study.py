@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sfumato.study.merit import merit
 from sfumato.study.setting import Offline, Setting
 from sfumato.study.subject import Subject, subject
 from sfumato.study.sweep import Row, Sweep
+from sfumato.zoo.classes import load_class_model, save_class_model
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.timeout(300)]
 
@@ -155,6 +157,54 @@ def test_ranges_that_a_run_leaves_are_measured_on_more(
     monkeypatch.setattr(draw, "ranges", narrow)
     drawn(model, FAST)
     assert efforts == [1, 2]
+
+
+@pytest.fixture
+def other_weights(tmp_path: Path) -> Path:
+    """A folder with another network of `model`, and one that takes the place of its own: both a little off."""
+    known, folder = load_class_model("dit"), tmp_path / "weights"
+    folder.mkdir()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in known.network.parameters():
+            parameter.mul_(1.0 + 0.2 * torch.randn_like(parameter))
+    save_class_model(known, folder)
+    save_class_model(replace(known, embeddings=2.0 * known.embeddings, variant="other"), folder)
+    return folder
+
+
+def test_another_network_draws_other_images_by_a_plan_of_its_own(other_weights: Path) -> None:
+    model = subject("dit", str(other_weights))
+    other, fast = replace(EXACT, network="other"), replace(FAST, network="other")
+    exact = drawn(model, other)
+    assert float(psnr(exact, drawn(model, EXACT)).max()) < 35
+    assert float(psnr(drawn(model, fast), exact).min()) > 40
+    with pytest.raises(JobError, match="weights of dit-third"):
+        drawn(model, replace(EXACT, network="third"))
+    with pytest.raises(JobError, match="embedded has no other network 'third'"):
+        subject("embedded").of("third")
+
+
+def test_chunks_of_other_weights_lie_elsewhere(tmp_path: Path, other_weights: Path) -> None:
+    weights = str(other_weights)
+
+    def folder(weights: str, network: str = "") -> Path:
+        sweep = Sweep(tmp_path, "dit", IMAGES, IMAGES, weights=weights)
+        return sweep.file(sweep.chunk_of(replace(EXACT, network=network), 0)).parent.parent
+
+    assert folder("").name == "dit"
+    found = {folder(""), folder(weights), folder(weights, "other")}
+    assert len(found) == 3
+    # The same weights in another place are the same; trained anew they are not.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in other_weights.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert folder(str(moved)) == folder(weights)
+    anew = tmp_path / "anew"
+    anew.mkdir()
+    save_class_model(replace(load_class_model("dit", moved), embeddings=torch.ones(20, 1, 96)), anew)
+    assert folder(str(anew)) not in found
 
 
 def test_chunks_on_two_workers_of_a_cluster(tmp_path: Path) -> None:

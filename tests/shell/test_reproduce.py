@@ -74,6 +74,10 @@ def test_from_images_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["cipherdm", "--model", "dit"], "cipherdm is studied on mnist01"),
         (["sdu", "--images", "150"], "--images must be a multiple of 100, not 150"),
         (["sdu", "--images", "100", "--secure", "30"], "--secure must be a multiple of 20"),
+        (
+            ["sdu", "--images", "100", "--inception", "none.pth"],
+            "there is no file none.pth; give torch-fidelity's",
+        ),
         (["sdu", "--model", "cifar10", "--images", "100"], "the weights of cifar10 do not come with sfumato"),
     ],
 )
@@ -103,6 +107,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "pipe", folder / "clip"
 
 
+class Flat:
+    """Stands in for Inception: the features of an image are some of its pixels."""
+
+    def __init__(self, weights: Path) -> None:
+        assert weights.name == "weights.pth"
+
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, ::4, ::4].flatten(1).float()
+
+
 def test_any_pipeline_with_prompts_of_its_own(
     tmp_path: Path, folders: tuple[Path, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +129,14 @@ def test_any_pipeline_with_prompts_of_its_own(
     prompts = tuple(line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip())[:4]
     pipe, clip = map(str, folders)
     asked = Asked(paper="sdu", model=pipe, out=tmp_path, images=4, prompts=prompts, clip=clip)
-    merits = run_reproduce(asked, Console(file=io.StringIO())).merits
+    monkeypatch.setattr("sfumato.shell.reproduce.Inception", Flat)
+    merits = run_reproduce(asked, Console(file=io.StringIO()), tmp_path / "weights.pth").merits
     base = merits[tables.ORIGINAL.name]
     assert base.frechet == pytest.approx(0.0, abs=1e-6)
     assert all(m.clip is not None and -100 <= m.clip <= 100 for m in merits.values())
     assert merits["approximated, 10 steps"].clip == pytest.approx(base.clip, abs=1.0)
-    assert (tmp_path / "sdu-pipe.md").is_file()
+    distances = json.loads((tmp_path / "sdu-pipe-inception.json").read_text(encoding="utf-8"))
+    assert list(distances) == list(merits)
+    assert distances[base.name] == 0.0 < distances["approximated, 10 steps"]
+    page = (tmp_path / "sdu-pipe.md").read_text(encoding="utf-8")
+    assert f"| approximated, 10 steps | 4 | {distances['approximated, 10 steps']:.3f} |" in page

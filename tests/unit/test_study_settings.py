@@ -14,7 +14,8 @@ from sfumato.quality import Interval
 from sfumato.study.findings import findings
 from sfumato.study.merit import Merit
 from sfumato.study.setting import Offline, Setting
-from sfumato.study.tables import STUDIES, study
+from sfumato.study.tables import CONTROL_4, STUDIES, TUNED, study
+from sfumato.zoo.classes import weights_path
 
 PAIRS = [(paper, model) for paper, (_, models) in STUDIES.items() for model in models]
 
@@ -36,6 +37,17 @@ def test_a_digest_is_of_what_is_drawn_and_not_of_the_name() -> None:
     assert replace(row, offline=Offline(pull=Pull(eta=0.2))).digest != row.digest
     with pytest.raises(JobError, match="no correction 'magic'"):
         Offline(kind="magic")
+
+
+@pytest.mark.parametrize(("paper", "model"), PAIRS)
+def test_tuned_networks_that_are_studied_come_with_sfumato(paper: str, model: str) -> None:
+    rows = {row for table in study(paper, model).tables for row in table.rows if row.network}
+    wanted = TUNED.get(paper, {}).get(model)
+    assert {row.network for row in rows} == ({wanted} if wanted else set())
+    for row in rows:
+        assert row.name.startswith(CONTROL_4)
+        assert row.profile == paper
+        assert weights_path(model, None, row.network).is_file()
 
 
 def test_what_is_not_studied_is_named() -> None:
@@ -73,3 +85,18 @@ def test_sentences_follow_the_numbers(better: bool) -> None:
     assert told["50 approxima"] is True
     rows["SDU, 10 steps"] = replace(rows["SDU, 10 steps"], rounds=11)
     assert not {f.claim[:12]: f.holds for f in findings("sdu", rows)}["The correcti"]
+
+
+def test_what_tuning_gains_is_told_with_its_processor_hours() -> None:
+    names = ("original, 50 steps", "SPU's functions", "CipherDM (softmax and SiLU)", "ours, 50 steps")
+    rows = {name: made(name, 60.0, 10.0, (0.0, 0.0, 0.0)) for name in names}
+    without = {finding.claim for finding in findings("cipherdm", rows)}
+    name = f"{CONTROL_4}: CipherDM"
+    rows[name] = replace(made(name, 20.0, 10.0, (0.0, 0.0, 0.0)), tuning_cpu_s=900.0)
+    (told,) = (finding for finding in findings("cipherdm", rows) if finding.claim not in without)
+    assert told.holds is True
+    assert "20.000 against 60.000" in told.numbers
+    assert "90.0 % right (F1 0.900)" in told.numbers
+    assert told.numbers.endswith("0.250 processor hours")
+    rows[name] = replace(rows[name], frechet=61.0)
+    assert [f.holds for f in findings("cipherdm", rows) if f.claim == told.claim] == [False]

@@ -179,7 +179,7 @@ def drawn(model: ClassModel, steps: int, each: int) -> tuple[Tensor, Tensor]:
 
 
 #: The others are trained by command (docs/corrections.md).
-SHIPPED = ["mnist01", "mnist10", "dit"]
+SHIPPED = ["mnist01", "mnist01-mish", "mnist10", "dit"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -190,7 +190,8 @@ def test_weights_that_come_with_sfumato_load(name: str) -> None:
     assert all(p.isfinite().all() for p in model.network.parameters())
 
 
-def test_digits_zero_and_one_are_recognised() -> None:
-    images, wanted = drawn(load_class_model("mnist01"), steps=20, each=20)
+@pytest.mark.parametrize("name", ["mnist01", "mnist01-mish"])
+def test_digits_zero_and_one_are_recognised(name: str) -> None:
+    images, wanted = drawn(load_class_model(name), steps=20, each=20)
     right = load_named_judge("grey").classify(images, among=(0, 1)) == wanted
     assert right.sum() >= 36

@@ -28,11 +28,18 @@ _KEY = b"sfumato plain rounding".ljust(32, b"\0")
 class Plain(Protocol):
     """One party, real words, stochastic rounding as in ``rep3``: floor, or ceiling with probability equal to
     the fraction.
+
+    ``wraps``: a word beyond the range of a truncation goes on as it is, wrong, as it does in ``rep3``, instead of
+    ending the run. Published functions need that: some powers overflow where a bit of zero then takes them out.
     """
 
     name = "plain"
     parties = 1
     truncation = TruncationError(max_ulp=1.0, bias_ulp=0.0, headroom_bits=2)
+
+    def __init__(self, *, fused: bool = True, wraps: bool = False) -> None:
+        super().__init__(fused=fused)
+        self._wraps = wraps
 
     async def share(self, s: Session, x: Tensor | None, owner: int, type: Secret) -> Shared:
         assert x is not None
@@ -75,7 +82,7 @@ class Plain(Protocol):
         return Shared(Secret(Z32, frac, x.shape), (words.to(Z32.dtype),))
 
     async def truncate(self, s: Session, x: Shared, bits: int, *, ring: Ring | None = None) -> Shared:
-        """Domain: |word| < 2^(k-2), asserted. Error: |e| < 1 ulp, mean 0, the distribution of rep3's
+        """Domain: |word| < 2^(k-2), asserted but with ``wraps``. Error: |e| < 1 ulp, mean 0, the distribution of rep3's
         ``close``.
 
         Raises:
@@ -91,7 +98,7 @@ class Plain(Protocol):
             return Shared(type, (torch.empty(x.shape, dtype=ring.dtype, device="meta"),))
         limit = 1 << (x.ring.bits - 2)
         low, high = (int(end) for end in words.aminmax()) if words.numel() else (0, 0)
-        if not (high < limit and low > -limit):
+        if not (self._wraps or (high < limit and low > -limit)):
             raise RangeError(
                 f"a value before truncation at {s.path} needs more than {x.ring.bits - 2} bits; "
                 "use fewer fraction bits, a wider ring, or calibrate on inputs like this one"

@@ -58,12 +58,14 @@ _LARGEST_BYTES = 16 << 30
 
 
 def make_protocol(options: Mapping[str, Any]) -> Protocol:
-    """The protocol that a job's options name: ``{"protocol": "rep3" | "plain", "fused": bool}``."""
-    kinds: dict[str, type[Protocol]] = {"rep3": Rep3, "plain": Plain}
-    name = options.get("protocol", "rep3")
-    if not isinstance(name, str) or name not in kinds:
+    """The protocol that a job's options name: ``{"protocol": "rep3" | "plain", "fused": bool}``; with ``"wraps"`` as in
+    `Plain`."""
+    name, fused = options.get("protocol", "rep3"), bool(options.get("fused", True))
+    if name == "plain":
+        return Plain(fused=fused, wraps=bool(options.get("wraps", False)))
+    if name != "rep3":
         raise JobError(f"there is no protocol {name!r}; use rep3 or plain")
-    return kinds[name](fused=bool(options.get("fused", True)))
+    return Rep3(fused=fused)
 
 
 class PartyMachine:

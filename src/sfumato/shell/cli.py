@@ -403,6 +403,10 @@ def reproduce(
     clip: Annotated[
         str, typer.Option(metavar="MODEL", help="A CLIP model, folder or hub id: score and distances.")
     ] = "",
+    inception: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="torch-fidelity's InceptionV3 weights: distances in its features."),
+    ] = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Fan out over a Ray cluster, or 'auto'.")
     ] = None,
@@ -424,7 +428,7 @@ def reproduce(
         ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
         prompts=tuple(prompts_in(prompts) or ()), clip=clip,
     )  # fmt: skip
-    run_reproduce(asked, Console())
+    run_reproduce(asked, Console(), inception)
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from rich.table import Table
 
 from sfumato.bench.machine import machine
 from sfumato.quality import Interval
+from sfumato.study.inception import Inception, inception_distances
 from sfumato.study.merit import Merit
 from sfumato.study.reproduce import Asked, Outcome, Validation, reproduce, tables_of, write
+from sfumato.study.tables import ORIGINAL
 
 __all__ = ["run_reproduce"]
 
@@ -24,19 +29,25 @@ _COLUMNS = (
 _GRID_ROWS, _GRID_IMAGES = 8, 10
 
 
-def run_reproduce(asked: Asked, console: Console) -> Outcome:
-    """Draw, measure, print, and write ``PAPER-MODEL.json``, ``.md`` and its pictures into the folder."""
+def run_reproduce(asked: Asked, console: Console, inception: Path | None = None) -> Outcome:
+    """Draw, measure, print, and write ``PAPER-MODEL.json``, ``.md`` and its pictures into the folder.
+
+    ``inception``: a file of InceptionV3's weights; distances in its features go to the page, and to
+    ``PAPER-MODEL-inception.json``.
+
+    Raises:
+        JobError: what was asked for cannot be drawn or examined.
+    """
+    examiner = None if inception is None else Inception(inception)
     asked.out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, all: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=all)
-            bars.update(tasks[what], completed=done, total=all)
-
+    with _bars(console) as progress:
         outcome = reproduce(asked, progress)
+        distances: dict[str, float] = {}
+        if examiner is not None:
+            images = {name: row.images for name, row in outcome.rows.items()}
+            distances = inception_distances(
+                examiner, images, ORIGINAL.name, lambda done, all: progress("Inception's features", done, all)
+            )
     for table in tables_of(asked, outcome.study):
         shown = Table(title=table.title, title_justify="left")
         for i, name in enumerate(_COLUMNS):
@@ -46,10 +57,30 @@ def run_reproduce(asked: Asked, console: Console) -> Outcome:
         console.print(shown)
     for finding in outcome.findings:
         console.print(f"{_verdict(finding.holds)}: {finding.claim}. {finding.numbers}", markup=False)
+    for name, distance in distances.items():
+        console.print(f"{name}: {distance:.3f} in Inception's features to {ORIGINAL.name}", markup=False)
     records = write(outcome)
-    page = _write_page(outcome)
+    if examiner is not None:
+        beside = asked.out / f"{asked.name}-inception.json"
+        beside.write_text(json.dumps(distances, indent=1) + "\n", encoding="utf-8")
+    page = _write_page(outcome, distances)
     console.print(f"page: {page}\nrecords: {records}", style="bold")
     return outcome
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """``progress(what, done, all)``, shown as bars."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, all: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=all)
+            bars.update(tasks[what], completed=done, total=all)
+
+        yield progress
 
 
 def _verdict(holds: bool | None) -> str:
@@ -75,7 +106,7 @@ def _cells(m: Merit) -> tuple[str, ...]:
 # ---- the page ----------------------------------------------------------------------------------------------
 
 
-def _write_page(outcome: Outcome) -> Path:
+def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
     name, out = outcome.asked.name, outcome.asked.out
     _grid(outcome, out / f"{name}-images.png")
     _plot(outcome, out / f"{name}-cost.png")
@@ -96,6 +127,14 @@ def _write_page(outcome: Outcome) -> Path:
     for table in tables_of(outcome.asked, outcome.study):
         lines += [f"## {table.title}", "", f"{table.shows[0].upper()}{table.shows[1:]}.", ""]
         lines += _markdown(_COLUMNS, [_cells(outcome.merits[row.name]) for row in table.rows])
+    if distances:
+        lines += ["## Inception's features", "",
+                  f"Fréchet distance to the images of {ORIGINAL.name}, in the features of published FID (InceptionV3, "
+                  "torch-fidelity). It grows as images get fewer: compare rows of as many images.", ""]  # fmt: skip
+        shown: list[tuple[str, ...]] = [
+            (name, f"{outcome.merits[name].images:,}", f"{d:.3f}") for name, d in distances.items()
+        ]
+        lines += _markdown(("row", "images", "Fréchet, Inception"), shown)
     if outcome.validations:
         lines += ["## The simulation against the protocol", "",
                   "The same prompts and seeds, by the plan's arithmetic in the clear and by three processes over TLS. "

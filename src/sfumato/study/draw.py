@@ -18,6 +18,7 @@ from sfumato.diffusion.parties import KeptParties
 from sfumato.diffusion.sampling import sample
 from sfumato.errors import JobError, RangeError
 from sfumato.graph.calibrate import Calibration
+from sfumato.graph.published import PAPERS
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport
@@ -32,6 +33,8 @@ __all__ = ["BACKENDS", "Drawer", "Drawn"]
 BACKENDS = ("plain", "simulate", "local")
 #: Attempts at a chunk: each measures ranges on twice as many runs as the one before.
 _ATTEMPTS = 4
+#: Times as many runs after which ranges are not the reason.
+_HOPELESS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,12 @@ class Drawer:
         """
         if setting.profile is None:
             raise JobError(f"{setting.name}: the exact network does not run under the protocol")
-        one = plans(self.subject, setting, 1, self._ranges(setting))
+        model = self._model(setting)
+        one = plans(model, setting, 1, self._ranges(setting))
         added = None
         if setting.offline is not None:  # of the right shape; what it holds does not move a byte
-            steps = len(course(self.subject, setting).times)
-            added = Correction((0.1,) * steps, (torch.zeros((1, *self.subject.shape)),) * steps)
+            steps = len(course(model, setting).times)
+            added = Correction((0.1,) * steps, (torch.zeros((1, *model.shape)),) * steps)
         with open_backend("meta") as backend:
             self._denoise(backend, one, setting, [0], [0], added)
             return backend.report()
@@ -104,12 +108,17 @@ class Drawer:
 
     # ---- how -------------------------------------------------------------------------------------------------
 
+    def _model(self, setting: Setting) -> Subject:
+        """The subject with the network that the setting names."""
+        return self.subject.of(setting.network)
+
     def _exact(self, setting: Setting, prompts: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        going = course(self.subject, setting)
-        first = self.subject.noise(seeds) * going.schedule.init_sigma
+        model = self._model(setting)
+        going = course(model, setting)
+        first = model.noise(seeds) * going.schedule.init_sigma
         return sample(
-            self.subject, going.schedule, first, self.subject.text(prompts, guided=going.guided),
-            going.guidance if going.guided else None, correction=correction(self.subject, setting, seeds, None),
+            model, going.schedule, first, model.text(prompts, guided=going.guided),
+            going.guidance if going.guided else None, correction=correction(model, setting, seeds, None),
         )  # fmt: skip
 
     def _approximated(
@@ -133,8 +142,8 @@ class Drawer:
         fit = None
         if setting.offline is not None and setting.offline.kind == "blend":
             fit = self._fits(setting)
-        added = correction(self.subject, setting, seeds, made["unet"], fit)
-        with self._session() as backend:
+        added = correction(self._model(setting), setting, seeds, made["unet"], fit)
+        with self._session(setting) as backend:
             latents = self._denoise(backend, made, setting, prompts, seeds, added)
             spent = backend.report().cpu_seconds if self.backend == "local" else ()
         return latents, sum(spent)
@@ -148,7 +157,8 @@ class Drawer:
         seeds: Sequence[int],
         added: Correction | None,
     ) -> Tensor:
-        going, first = course(self.subject, setting), self.subject.noise(seeds)
+        model = self._model(setting)
+        going, first = course(model, setting), model.noise(seeds)
         first = first * going.schedule.init_sigma
         for name, plan in made.items():
             backend.load(name, plan)
@@ -156,26 +166,30 @@ class Drawer:
         known = {}
         if public:
             seen = (first * going.schedule.steps[0].input_scale).float()
-            null = self.subject.null.expand(len(seeds), -1, -1)
-            known[0] = self.subject(seen, going.schedule.timesteps[0], null).double()
+            null = model.null.expand(len(seeds), -1, -1)
+            known[0] = model(seen, going.schedule.timesteps[0], null).double()
         run = Denoising(
-            backend, made, going.schedule, self.subject.text(prompts, guided=going.guided), None,
+            backend, made, going.schedule, model.text(prompts, guided=going.guided), None,
             going.guidance if going.guided else None, correction=added, known=known,
             ways=ways(len(going.guidance), guided=going.guided, unguided=setting.unguided, known=public),
         )  # fmt: skip
         return run.run(first)
 
-    def _session(self) -> AbstractContextManager[Backend]:
+    def _session(self, setting: Setting) -> AbstractContextManager[Backend]:
         if self.backend == "local":
             return self._parties.session({})
         # The checks of ranges would double the time of thousands of images; the protocol's own runs have them.
-        return open_backend(self.backend, options={"certificate": self.backend != "plain"})
+        options = {"certificate": self.backend != "plain"}
+        # Published functions overflow inside, where no range of theirs helps; the parties' words wrap there, too.
+        published = setting.profile in PAPERS or bool(setting.methods)
+        hopeless = self._effort.get(setting, 1) >= _HOPELESS
+        return open_backend(self.backend, options={**options, "wraps": published and hopeless})
 
     def _planned(self, setting: Setting) -> Plans:
-        return plans(self.subject, setting, self.images, self._ranges(setting))
+        return plans(self._model(setting), setting, self.images, self._ranges(setting))
 
     def _ranges(self, setting: Setting) -> dict[str, Calibration]:
-        return ranges(self.subject, setting, self._effort.get(setting, 1))
+        return ranges(self._model(setting), setting, self._effort.get(setting, 1))
 
     def _fitted(self, setting: Setting) -> Fit:
-        return fitted(self.subject, setting, self._plans(setting)["unet"], self.images)
+        return fitted(self._model(setting), setting, self._plans(setting)["unet"], self.images)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sfumato.study.merit import Merit
+from sfumato.study.tables import CONTROL_4
 
 __all__ = ["Finding", "findings"]
 
@@ -25,7 +26,7 @@ class Finding:
 def findings(paper: str, rows: Mapping[str, Merit]) -> list[Finding]:
     """Of the rows of a study, by name."""
     special = {"sdu": _sdu, "usg": _usg, "cipherdm": _cipherdm}[paper]
-    return [*special(rows), *_ours(rows)]
+    return [*special(rows), *_tuned(paper, rows), *_ours(rows)]
 
 
 def _sdu(rows: Mapping[str, Merit]) -> list[Finding]:
@@ -140,6 +141,31 @@ def _cipherdm(rows: Mapping[str, Merit]) -> list[Finding]:
             )
         )
     return found
+
+
+def _tuned(paper: str, rows: Mapping[str, Merit]) -> list[Finding]:
+    """Control 4 beside the row whose functions it was tuned to."""
+    without = rows.get(
+        {"sdu": "approximated, 10 steps", "cipherdm": "CipherDM (softmax and SiLU)"}.get(paper, "")
+    )
+    tuned = next((merit for name, merit in rows.items() if name.startswith(CONTROL_4)), None)
+    if without is None or tuned is None or tuned.frechet is None or without.frechet is None:
+        return []
+    spent = "" if tuned.tuning_cpu_s is None else f", for {tuned.tuning_cpu_s / 3600:.3f} processor hours"
+    return [
+        Finding(
+            "Tuned on the approximations, the network draws better under them (control 4)",
+            tuned.frechet < without.frechet,
+            f"Fréchet {tuned.frechet:.3f} against {without.frechet:.3f}, {_classes(tuned)} against "
+            f"{_classes(without)}{spent}",
+        )
+    ]
+
+
+def _classes(merit: Merit) -> str:
+    """Class accuracy, and F1 where there is one."""
+    accuracy = "-" if merit.accuracy is None else f"{100 * merit.accuracy.value:.1f} % right"
+    return accuracy if merit.f1 is None else f"{accuracy} (F1 {merit.f1:.3f})"
 
 
 def _ours(rows: Mapping[str, Merit]) -> list[Finding]:

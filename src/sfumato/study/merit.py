@@ -35,6 +35,7 @@ class Merit:
     the base row's image of the same seed and prompt, of 8-bit images; ``feature_distance``: of their features, relative
     (a stand-in for LPIPS). ``f1``: of the classes that were asked for. ``clip``: mean cosine of image and prompt, times
     100, where the judge is CLIP; distances are then to the base row's images. Bytes are of all parties to each other.
+    ``tuning_cpu_s``: processor seconds of training on, of a network that was tuned.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Merit:
     seconds: float
     cpu_s: float
     setting: Mapping[str, Any]
+    tuning_cpu_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +96,7 @@ def merit(model: Subject, row: Row, base: Row | None, cost: CostReport | None) -
         row.setting.name, row.backend, count, distance, against, told, points, f1, clip, precision, recall, near, apart,
         None if cost is None else sum(cost.online_bytes) / 1e6, None if cost is None else cost.online_rounds,
         None if cost is None else cost.client_bytes / 1e6, None if cost is None else sum(cost.offline_bytes) / 1e6,
-        row.seconds / count, row.cpu_s / count, row.setting.to_json(),
+        row.seconds / count, row.cpu_s / count, row.setting.to_json(), model.of(row.setting.network).tuning_cpu_s,
     )  # fmt: skip
 
 

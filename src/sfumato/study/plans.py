@@ -154,6 +154,7 @@ def _facts(subject: Subject, setting: Setting, name: str, effort: int) -> dict[s
     return {
         "format": _FORMAT, "weights": weights_digest(subject.single), "part": name, "effort": effort,
         "setting": json.dumps(facts),
+        "scheduler": json.dumps(dict(subject.scheduler.config), sort_keys=True, default=str),
     }  # fmt: skip
 
 

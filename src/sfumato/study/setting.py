@@ -54,7 +54,8 @@ class Setting:
         profile: of the plan; None for the exact network in float. ``methods``: pairs of function and catalogue entry
             that replace its own.
         offline: the correction.
-        network: another network of the same subject, such as one that was tuned; empty for its own.
+        network: another network of the same subject (`Subject.of`), such as ``"tuned-sdu"``; empty for its own. All of
+            the row is then of that network, ranges and corrections included.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -77,6 +78,31 @@ class Subject:
     judge: Examiner | None = None
     reference: Reference | None = None
     asked: Tensor | None = None
+    variant: str = ""
+    tuning_cpu_s: float | None = None
+    folder: str = ""
+
+    def of(self, variant: str) -> Subject:
+        """The same with another network of its kind, such as one that was tuned; empty for its own.
+
+        Raises:
+            JobError: there is none of this name.
+        """
+        if variant == self.variant:
+            return self
+        return subject(self.name, self.folder, variant=variant)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the weights: what draws, the texts, and what judges."""
+        judge: Any = self.judge
+        modules = [self.single, judge] if isinstance(judge, nn.Module) else [self.single]
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        tensors += [self.texts, *([] if self.reference is None else [self.reference.mean])]
+        found = hashlib.blake2b(digest_size=8)
+        for tensor in tensors:
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The exact network on (B, *shape), with texts of batch B or 2B; in float32."""
@@ -98,9 +124,12 @@ class Subject:
 
 
 @cache
-def subject(name: str, folder: str = "", prompts: tuple[str, ...] = (), clip: str = "") -> Subject:
+def subject(
+    name: str, folder: str = "", prompts: tuple[str, ...] = (), clip: str = "", variant: str = ""
+) -> Subject:
     """One of :data:`SUBJECTS`, or with ``prompts`` any pipeline by its folder or hub id. ``folder``: of weights that do
-    not come with sfumato; ``clip``: a CLIP model, by folder or hub id, that examines a pipeline's images.
+    not come with sfumato; ``clip``: a CLIP model, by folder or hub id, that examines a pipeline's images; ``variant``:
+    another network of a model by class.
 
     Raises:
         JobError: there is none of this name, or its weights are not here.
@@ -112,18 +141,22 @@ def subject(name: str, folder: str = "", prompts: tuple[str, ...] = (), clip: st
             return made
         examiner = clip_examiner(clip)
         return replace(made, judge=examiner, asked=examiner.of_prompts(list(prompts)))
+    if variant and name not in NAMES:
+        raise JobError(
+            f"{name} has no other network {variant!r}; only the models {', '.join(NAMES)} have some"
+        )
     if name == "embedded":
         return _embedded()
     if name not in NAMES:
         raise JobError(
             f"there is no model {name!r} for studies; use one of {', '.join(SUBJECTS)}, or a pipeline and --prompts"
         )
-    return _by_class(load_class_model(name, _own(name, folder)), folder)
+    return _by_class(load_class_model(name, _own(name, folder, variant), variant), folder)
 
 
-def _own(name: str, folder: str) -> Path | None:
+def _own(name: str, folder: str, variant: str = "") -> Path | None:
     """The folder, if it has weights of this name; else those that come with sfumato are taken."""
-    return Path(folder) if folder and weights_path(name, Path(folder)).is_file() else None
+    return Path(folder) if folder and weights_path(name, Path(folder), variant).is_file() else None
 
 
 def _embedded() -> Subject:
@@ -175,5 +208,6 @@ def _by_class(model: ClassModel, folder: str) -> Subject:
     return Subject(
         model.name, model.network.eval(), _Doubled(model.network).eval(), solver("ddim", kind.scheduler),
         model.embeddings.detach(), model.null.detach(), kind.shape, kind.guidance, inner, kind.labels,
-        load_named_judge(kind.judge, beside), load_reference(kind.reference, beside),
+        load_named_judge(kind.judge, beside), load_reference(kind.reference, beside), None, model.variant,
+        model.tuning_cpu_s, folder,
     )  # fmt: skip

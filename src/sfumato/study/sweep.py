@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sfumato.diffusion.cache import keep
 from sfumato.errors import JobError
+from sfumato.runtime.memory import hold_memory
 from sfumato.study.draw import Drawer
 from sfumato.study.setting import Setting
 from sfumato.study.subject import subject
@@ -106,7 +108,7 @@ class Sweep:
             raise JobError(
                 f"{self.images} images do not divide into chunks of {self.chunk}; choose another number"
             )
-        chunks = [self._chunk(s, start) for start in range(0, self.images, self.chunk) for s in settings]
+        chunks = [self.chunk_of(s, start) for start in range(0, self.images, self.chunk) for s in settings]
         missing = [chunk for chunk in chunks if _read(self.file(chunk)) is None]
         done = len(chunks) - len(missing)
         if progress is not None:
@@ -130,7 +132,7 @@ class Sweep:
         """
         parts = []
         for start in range(0, self.images, self.chunk):
-            part = _read(self.file(self._chunk(setting, start)))
+            part = _read(self.file(self.chunk_of(setting, start)))
             if part is None:
                 raise JobError(f"{setting.name}: images from {start} on are not drawn yet")
             parts.append(part)
@@ -143,24 +145,32 @@ class Sweep:
 
     def file(self, chunk: Chunk) -> Path:
         """Where a chunk is kept."""
-        digest, name = chunk.setting.digest, f"{chunk.start:06d}-{chunk.images}.safetensors"
-        return self.folder / self._place / f"{digest}-{chunk.backend}" / name
+        setting, name = chunk.setting, f"{chunk.start:06d}-{chunk.images}.safetensors"
+        return self.folder / self._place(setting.network) / f"{setting.digest}-{chunk.backend}" / name
 
-    @property
-    def _place(self) -> str:
-        """A folder's name; of a pipeline, by what it is asked for."""
-        if not self.prompts:
+    def _place(self, network: str) -> str:
+        """A folder's name: the model's, with a digest of weights that do not come with it; of a pipeline, a digest of
+        what it is asked for."""
+        if not self.prompts and not self.weights and not network:
             return self.subject
+        if not self.prompts:
+            return f"{self.subject}-{_weights(self.subject, self.weights, network)}"
         facts = json.dumps([self.subject, self.prompts, self.clip])
         return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
-    def _chunk(self, setting: Setting, start: int) -> Chunk:
+    def chunk_of(self, setting: Setting, start: int) -> Chunk:
+        """The chunk of a row that begins with image ``start``."""
         row = json.dumps(setting.to_json())
         more = (self.weights, self.prompts, self.clip)
         return Chunk(self.subject, row, start, self.chunk, self._backend(setting), *more)
 
     def _backend(self, setting: Setting) -> str:
         return "exact" if setting.profile is None else self.backend
+
+
+@cache
+def _weights(name: str, folder: str, network: str) -> str:
+    return subject(name, folder, variant=network).digest
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:
@@ -201,6 +211,7 @@ class _Workshop:
         drawn_with = (chunk.subject, chunk.weights, chunk.prompts, chunk.clip)
         key = (*drawn_with, chunk.images, backend)
         if key not in self._drawers:
+            hold_memory()
             self._drawers[key] = Drawer(subject(*drawn_with), chunk.images, backend)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # small batches are slower with more

@@ -10,7 +10,7 @@ from sfumato.diffusion.samplers import AUTO
 from sfumato.errors import JobError
 from sfumato.study.setting import Offline, Setting
 
-__all__ = ["ORIGINAL", "OURS", "STUDIES", "Study", "Table", "study"]
+__all__ = ["CONTROL_4", "ORIGINAL", "OURS", "STUDIES", "TUNED", "Study", "Table", "study"]
 
 FINE = 50
 #: The base of every comparison: the exact network in float.
@@ -52,6 +52,17 @@ OURS = {
     ),
 }
 _OURS = Setting(name="ours, 5 steps", steps=5, solver="dpm++", spacing="trailing", profile="fast")
+
+
+#: Networks that were tuned to the functions of the paper under which they are studied, by model.
+TUNED = {"sdu": {"mnist10": "tuned-sdu"}, "cipherdm": {"mnist01": "tuned-cipherdm"}}
+#: The beginning of the names of such rows.
+CONTROL_4 = "control 4, network tuned on the functions"
+
+
+def _tuned(paper: str, model: str) -> tuple[str, ...]:
+    """The tuned network of a model, or none."""
+    return tuple(TUNED[paper][name] for name in TUNED[paper] if name == model)
 
 
 def _sdu(steps: int = 10, profile: str | None = "sdu", **offline: object) -> Setting:
@@ -105,6 +116,10 @@ def _sdu_study(model: str) -> Study:
             Setting(name="", steps=30, profile="fast"), "control 3: tighter and cheaper functions, more steps"
         ),
         _named(_exact(5, solver="dpm++", spacing="trailing"), "exact, DPM-Solver++ 5 steps"),
+        *(
+            replace(_approximated(10), name=f"{CONTROL_4}: approximated, 10 steps", network=network)
+            for network in _tuned("sdu", model)
+        ),
     )
     beyond = (
         _named(_sdu(kind="measured"), "measured error (control variate)"),
@@ -185,6 +200,7 @@ def _cipherdm_study(model: str) -> Study:
                 row("softmax clamped at 0, SiLU exact", "precise", methods=clamped),
                 row("softmax as published, SiLU exact", "precise", methods=soft),
                 row("CipherDM mended (even power, refitted SiLU)", "cipherdm-mended"),
+                *(row(f"{CONTROL_4}: CipherDM", "cipherdm", network=network) for network in _tuned("cipherdm", model)),
             )),
             Table("Fewer steps", "what we would run", (
                 Setting(name="ours, 10 steps", steps=10, solver="dpm++", spacing="trailing", profile="fast"),

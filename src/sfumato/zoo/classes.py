@@ -8,24 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.errors import JobError
 from sfumato.zoo.dit import DiT
 from sfumato.zoo.unet import ClassUNet
 
-__all__ = ["KINDS", "NAMES", "ClassModel", "Kind", "load_class_model", "save_class_model", "weights_path"]
+__all__ = [
+    "KINDS",
+    "NAMES",
+    "TUNED",
+    "ClassModel",
+    "Kind",
+    "load_class_model",
+    "save_class_model",
+    "weights_path",
+]
 
 _WEIGHTS = Path(__file__).resolve().parent / "weights"
+#: A variant's name before that of the profile whose functions it was tuned to.
+TUNED = "tuned-"
+#: Where a file keeps the processor seconds of tuning.
+_SPENT = "tuning_cpu_s"
 _LINEAR = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True,
     "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
 #: The same for networks so small that noise which they predict samples none of the digits (private-diffusion.md 3.2,
 #: trap 2, and here): at the first steps an image is the sample less its noise, divided by 0.007. They predict v instead
-#: (Salimans and Ho 2022), in which nothing is divided.
-_VELOCITY = {**_LINEAR, "prediction_type": "v_prediction"}
+#: (Salimans and Ho 2022), in which nothing is divided. Nor clipped: DDIM's clip takes errors of one side from a black
+#: background and keeps its noise, which leaves a grey haze (100 digits of 50 steps: Frechet distance 62.7, not 14.0).
+_VELOCITY = {**_LINEAR, "prediction_type": "v_prediction", "clip_sample": False}
 #: Stable Diffusion's, as the embedded pipeline has it.
 _SCALED = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -74,49 +89,70 @@ NAMES = tuple(KINDS)
 
 @dataclass(frozen=True, slots=True)
 class ClassModel:
-    """A trained model of a `Kind`. ``embeddings``: (classes, 1, width); ``null``: (1, 1, width), for no class."""
+    """A trained model of a `Kind`. ``embeddings``: (classes, 1, width); ``null``: (1, 1, width), for no class.
+
+    ``variant``: empty, or which other network of the same kind it is, such as ``"tuned-cipherdm"``, one that was tuned
+    to the functions of that profile; ``tuning_cpu_s``: processor seconds of that.
+    """
 
     name: str
     kind: Kind
     network: nn.Module = field(repr=False)
     embeddings: Tensor = field(repr=False)
+    variant: str = ""
+    tuning_cpu_s: float | None = None
 
     @property
     def null(self) -> Tensor:
         return torch.zeros_like(self.embeddings[:1])
 
 
-def weights_path(name: str, folder: Path | None = None) -> Path:
+def weights_path(name: str, folder: Path | None = None, variant: str = "") -> Path:
     """The file of a model's weights; in ``folder``, or where sfumato keeps those that come with it."""
-    return (folder or _WEIGHTS) / f"{name}.safetensors"
+    full = f"{name}-{variant}" if variant else name
+    return (folder or _WEIGHTS) / f"{full}.safetensors"
 
 
-def load_class_model(name: str, folder: Path | None = None) -> ClassModel:
+def load_class_model(name: str, folder: Path | None = None, variant: str = "") -> ClassModel:
     """
     Raises:
         JobError: there is no such model, or its weights are not here or not its own.
     """
     if name not in KINDS:
         raise JobError(f"there is no model {name!r}; use one of {', '.join(NAMES)}")
-    kind, path = KINDS[name], weights_path(name, folder)
+    kind, path = KINDS[name], weights_path(name, folder, variant)
     if not path.is_file():
-        raise JobError(
-            f"the weights of {name} do not come with sfumato; train them with python -m sfumato.zoo.train "
-            f"--classes {name} --data FOLDER --out FOLDER"
-        )
-    state = {key: value.float() for key, value in load_file(path).items()}
+        raise JobError(f"the weights of {path.stem} do not come with sfumato; {_command(name, variant)}")
+    tensors, metadata = _read(path)
+    state = {key: value.float() for key, value in tensors.items()}
     network = kind.network()
     try:
         embeddings = state.pop("embeddings")
         network.load_state_dict(state)
-    except (KeyError, RuntimeError):
-        raise JobError(f"{path} does not hold the weights of {name}") from None
-    return ClassModel(name, kind, network.eval(), embeddings)
+        spent = float(metadata[_SPENT]) if _SPENT in metadata else None
+    except (KeyError, RuntimeError, ValueError):
+        raise JobError(f"{path} does not hold the weights of {path.stem}; train them anew") from None
+    return ClassModel(name, kind, network.eval(), embeddings, variant, spent)
+
+
+def _command(name: str, variant: str) -> str:
+    """How to make weights that are not there."""
+    profile = variant.removeprefix(TUNED)
+    if profile == variant:
+        return f"train them with python -m sfumato.zoo.train --classes {name} --data FOLDER --out FOLDER"
+    command = "python -m sfumato.study.tune"
+    return f"tune them with {command} --classes {name} --profile {profile} --data FOLDER --out FOLDER"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def save_class_model(model: ClassModel, folder: Path) -> Path:
     """Write the weights in half precision; the file."""
     state = {**model.network.state_dict(), "embeddings": model.embeddings}
-    path = weights_path(model.name, folder)
-    save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path)
+    path = weights_path(model.name, folder, model.variant)
+    metadata = None if model.tuning_cpu_s is None else {_SPENT: f"{model.tuning_cpu_s:.1f}"}
+    save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path, metadata)
     return path

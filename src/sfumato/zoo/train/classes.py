@@ -15,12 +15,14 @@ from ..classes import KINDS, ClassModel, Kind, save_class_model
 from ..judge import JUDGES, ColourJudge, load_named_judge, save_judge
 from ..references import Reference, reference_of, save_references
 from .data import SETS, DataError, load_split
-from .loop import Indices, channels_last, run
+from .loop import Indices, Step, channels_last, run
 from .unet import LATENTS
 from .vae import encode_all
 
 __all__ = [
+    "Labelled",
     "cifar10",
+    "denoising",
     "samples_of",
     "train_classes",
     "train_class_model",
@@ -32,8 +34,8 @@ DROP = 0.1
 BATCH = 128
 
 
-class _Labelled(nn.Module):
-    """A network and its table of classes."""
+class Labelled(nn.Module):
+    """A network and its table of classes, as they are trained."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
@@ -73,17 +75,16 @@ def samples_of(name: str, data: Path, out: Path) -> tuple[Tensor, Tensor]:
     return split.images[chosen][:, :, 2:30, 2:30].contiguous(), split.labels[chosen]
 
 
-def train_class_model(name: str, data: Path, out: Path, minutes: float) -> Path:
-    """Train by predicting noise (or v, where the kind says so), classes left out one time in ten; the file of the
-    averaged weights.
+def denoising(name: str, model: Labelled, data: Path, out: Path, batch: int | None = None) -> Step:
+    """The training step of a model: its error in predicting noise (or v, where the kind says so) on a random batch,
+    classes left out one time in ten. ``batch``: None for the usual one.
 
-    Goes on from a checkpoint in ``out``; a transformer needs the cached latents there.
+    Raises:
+        DataError: the images are not in ``data``.
     """
     kind = KINDS[name]
     samples, labels = samples_of(name, data, out)
-    torch.manual_seed(0)
-    model = channels_last(_Labelled(kind))
-    draw = Indices(len(labels), BATCH if kind.latent else BATCH // 2, seed=3)
+    draw = Indices(len(labels), batch or (BATCH if kind.latent else BATCH // 2), seed=3)
     alphas = DDIMScheduler(**kind.scheduler).alphas_cumprod
     mirrored, velocity = name == "cifar10", "prediction_type" in kind.scheduler
 
@@ -102,6 +103,18 @@ def train_class_model(name: str, data: Path, out: Path, minutes: float) -> Path:
         guess = model(noisy.contiguous(memory_format=torch.channels_last), times, labels[chosen], kept)
         return (guess - wanted).square().mean()
 
+    return step
+
+
+def train_class_model(name: str, data: Path, out: Path, minutes: float) -> Path:
+    """Train; the file of the averaged weights.
+
+    Goes on from a checkpoint in ``out``; a transformer needs the cached latents there.
+    """
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = channels_last(Labelled(kind))
+    step = denoising(name, model, data, out)
     average = run(name, model, step, out / f"{name}.ckpt", minutes, peak=2e-3, decay=0.999)
     model.load_state_dict(average.state)
     return save_class_model(
