@@ -7,16 +7,19 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 
 from sfumato.errors import JobError, SfumatoError
 
-__all__ = ["CALIBRATE_ON", "clean", "for_file", "for_folder", "for_picture", "prompts_in"]
+__all__ = ["CALIBRATE_ON", "Profile", "clean", "for_file", "for_folder", "for_picture", "prompts_in"]
 
 #: Help of the option whose file `prompts_in` reads.
 CALIBRATE_ON = "Prompts to measure ranges on, one a line; not secret. [default: built-in ones]"
+
+#: An option of commands that plan.
+Profile = Annotated[str, typer.Option(help="precise, or fast (larger errors, fewer bytes).")]
 
 P = ParamSpec("P")
 

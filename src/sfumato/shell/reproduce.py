@@ -107,13 +107,14 @@ def _cells(m: Merit) -> tuple[str, ...]:
 
 
 def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
-    name, out = outcome.asked.name, outcome.asked.out
+    name, out, most = outcome.asked.name, outcome.asked.out, outcome.asked.secure_steps
     _grid(outcome, out / f"{name}-images.png")
     _plot(outcome, out / f"{name}-cost.png")
     lines = [
         f"# {outcome.study.title}", "",
         f"`sfumato reproduce {outcome.study.name} --model {outcome.asked.model} --images {outcome.asked.images}"
         f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}"
+        f"{f' --secure-steps {most}' if outcome.asked.secure and most is not None else ''}"
         f"{' --main' if outcome.asked.main else ''}`. {_machine()}", "",
         "Fréchet distance, precision and recall are in the features of a classifier that was trained on the same real "
         "data, so they are not comparable with published FID; differences are to the first row, with 95 % intervals of "
@@ -138,9 +139,11 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
     if outcome.validations:
         lines += ["## The simulation against the protocol", "",
                   "The same prompts and seeds, by the plan's arithmetic in the clear and by three processes over TLS. "
-                  "Truncation rounds at random in both, so images differ in their last bits.", ""]  # fmt: skip
+                  "Truncation rounds at random in both, so images differ in their last bits. CPU s are of the three "
+                  "parties together, 20 images at once; a step's over that of the exact network.", ""]  # fmt: skip
         lines += _markdown(
-            ("row", "images", "PSNR, smallest", "PSNR, median", "same class", "Fréchet, protocol", "CPU s an image"),
+            ("row", "images", "PSNR, smallest", "PSNR, median", "same class", "Fréchet, protocol",
+             "Fréchet, simulation", "CPU s an image", "a step, over float"),
             [_validated(v) for v in outcome.validations],
         )  # fmt: skip
     page = out / f"{name}.md"
@@ -151,7 +154,9 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
 def _validated(v: Validation) -> tuple[str, ...]:
     told = "-" if v.merit.frechet is None else f"{v.merit.frechet:.3f}"
     near, same = (f"{v.smallest_db:.1f}", f"{v.median_db:.1f}"), f"{100 * v.same_class:.1f} %"
-    return (v.name, f"{v.merit.images:,}", *near, same, told, f"{v.merit.cpu_s:.2f}")
+    plain = "-" if v.frechet is None else f"{v.frechet:.3f}"
+    spent = (f"{v.merit.cpu_s:.2f}", f"{v.step_ratio:.0f}")
+    return (v.name, f"{v.merit.images:,}", *near, same, told, plain, *spent)
 
 
 def _machine() -> str:

@@ -30,9 +30,9 @@ class Asked:
     """What to reproduce.
 
     ``images``: of each row by the plan's arithmetic in the clear; ``secure``: of each main row under the protocol,
-    three processes over TLS, or 0; ``main``: the main rows alone. ``weights``: folder of those that do not come with
-    sfumato. ``prompts``: of a pipeline, which ``model`` then names by folder or hub id; ``clip``: a CLIP model to
-    examine its images with.
+    three processes over TLS, or 0, and of those with at most ``secure_steps`` steps (None: all); ``main``: the main
+    rows alone. ``weights``: folder of those that do not come with sfumato. ``prompts``: of a pipeline, which ``model``
+    then names by folder or hub id; ``clip``: a CLIP model to examine its images with.
     """
 
     paper: str
@@ -40,6 +40,7 @@ class Asked:
     out: Path
     images: int = 1000
     secure: int = 0
+    secure_steps: int | None = None
     main: bool = False
     ray: str | None = None
     weights: str = ""
@@ -55,12 +56,16 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class Validation:
     """A row drawn both ways from the same seeds: ``psnr_db``, the smallest and the median between the 8-bit images
-    (100: the same), the classes told alike, and the merit under the protocol."""
+    (100: the same), the classes told alike, and the merit under the protocol. ``step_ratio``: processor time of a step,
+    of the three parties together, over that of the exact network in float. ``frechet``: of the same images simulated.
+    """
 
     name: str
     smallest_db: float
     median_db: float
     same_class: float
+    step_ratio: float
+    frechet: float | None
     merit: Merit
 
 
@@ -114,7 +119,8 @@ def reproduce(asked: Asked, progress: Callable[[str, int, int], None] | None = N
     with Drawer(model, _CHUNK) as drawer:
         merits = {name: merit(model, row, base, _cost(drawer, row.setting)) for name, row in rows.items()}
         if asked.secure:
-            chosen = [s for s in wanted.main if s.profile is not None]
+            most = math.inf if asked.secure_steps is None else asked.secure_steps
+            chosen = [s for s in wanted.main if s.profile is not None and s.steps <= most]
             real = _sweep(asked, asked.secure, "local").run(chosen, counted("under the protocol"))
             validations = [_validated(model, row, rows, base, drawer) for row in real]
     return Outcome(asked, wanted, rows, merits, validations, findings(asked.paper, merits))
@@ -160,4 +166,13 @@ def _validated(model: Subject, real: Row, rows: dict[str, Row], base: Row, drawe
     near = psnr(real.images / 255.0, plain.images / 255.0)
     same = float((real.said == plain.said).double().mean())
     found = merit(model, real, base, drawer.cost(real.setting))
-    return Validation(real.setting.name, float(near.min()), float(near.median()), same, found)
+    ratio = _step_s(real) / max(_step_s(base), 1e-9)
+    simulated = merit(model, plain, None, None).frechet
+    return Validation(
+        real.setting.name, float(near.min()), float(near.median()), same, ratio, simulated, found
+    )
+
+
+def _step_s(row: Row) -> float:
+    """Processor seconds of one image and step."""
+    return row.cpu_s / len(row.images) / row.setting.steps

@@ -1,0 +1,108 @@
+"""``sfumato bench`` and ``sfumato reproduce``: what is measured, as commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sfumato.shell.command import Profile, clean, prompts_in
+
+__all__ = ["bench", "reproduce"]
+
+
+@clean
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CASE]...", help="Names or patterns ('*_1e5'). [default: all]"),
+    ] = None,
+    json_lines: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Append the records here, as JSON lines.")
+    ] = None,
+    peers: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="The peers' JSON lines: a file or a folder; repeat for more."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Weights public (the cases that have some).")
+    ] = False,
+    profile: Profile = "precise",
+    repeat: Annotated[int, typer.Option(min=1, help="Timed calls of a case, after a warm-up.")] = 3,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds of calls after which a case ends early.")
+    ] = 60.0,
+    out: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write a page (Markdown) here.")] = None,
+    names: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
+) -> None:
+    """Measure the cases that SPU and CrypTen are measured on, through three real processes over TLS.
+
+    Each time stands beside its floor on this machine: GEMM work, bytes and rounds at measured rates.
+
+    Example: `sfumato bench 'silu_*' bert_layer_128 --json ours.jsonl --peers benchmarks/results/peers --out page.md`
+    """
+    from sfumato.bench.measure import Settings
+    from sfumato.shell.bench import Bench, list_cases, run_bench
+
+    if names:
+        list_cases(Console())
+        return
+    settings = Settings(public=public, profile=profile, repeat=repeat, budget_s=budget)
+    asked = Bench(cases=cases or (), settings=settings, json=json_lines, peers=peers or (), out=out)
+    run_bench(asked, Console())
+
+
+@clean
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="sdu, usg or cipherdm.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. "
+            "[default: the paper's first]"
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=100, help="Of each row, simulated in the clear.")] = 1000,
+    secure: Annotated[int, typer.Option(min=0, help="Of each main row, through the real protocol.")] = 0,
+    secure_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of main rows with at most so many steps.")
+    ] = None,
+    main_rows: Annotated[bool, typer.Option("--main", help="The main table alone.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of weights that do not come with sfumato (cifar10).")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to draw, one a line, with any pipeline.")
+    ] = None,
+    clip: Annotated[
+        str, typer.Option(metavar="MODEL", help="A CLIP model, folder or hub id: score and distances.")
+    ] = "",
+    inception: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="torch-fidelity's InceptionV3 weights: distances in its features."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Fan out over a Ray cluster, or 'auto'.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
+) -> None:
+    """Rebuild a paper's tables at this machine's scale, with the controls beside them: JSON, and a page.
+
+    An interrupted run goes on where it was.
+
+    Example: `sfumato reproduce sdu --model embedded --images 1000 --secure 200`
+    """
+    from sfumato.shell.reproduce import run_reproduce
+    from sfumato.study.reproduce import Asked
+    from sfumato.study.tables import STUDIES
+
+    known = STUDIES.get(paper)
+    asked = Asked(
+        paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure, main=main_rows,
+        secure_steps=secure_steps,
+        ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
+        prompts=tuple(prompts_in(prompts) or ()), clip=clip,
+    )  # fmt: skip
+    run_reproduce(asked, Console(), inception)
