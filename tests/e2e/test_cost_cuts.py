@@ -19,6 +19,7 @@ from sfumato.diffusion.samplers import AUTO, sampler
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.scores import rescheduled
 from sfumato.errors import JobError
+from sfumato.zoo import DISTILLED
 from sfumato.zoo.train.build import save_pipeline
 
 pytestmark = [
@@ -174,6 +175,8 @@ def test_the_automatic_sampler(pipe: SecurePipeline, steps: int | None) -> None:
     assert found.scheduler.config.timestep_spacing == "trailing"
     embedded = sampler(SecurePipeline.from_pretrained("embedded", backend="plain"), "auto", steps, SEED)
     assert (embedded.steps, embedded.guidance) == (steps or AUTO["embedded"].steps, AUTO["embedded"].guidance)
+    distilled = sampler(SecurePipeline.from_pretrained(DISTILLED, backend="plain"), "auto", steps, SEED)
+    assert (distilled.steps, distilled.guidance) == (steps or AUTO[DISTILLED].steps, 1.0)
     other = SecurePipeline.from_pipe(rescheduled(pipe._pipe, found.scheduler), backend="plain")
     assert other.estimate(**arguments(num_inference_steps=found.steps, **found.arguments)).total_bytes > 0
 

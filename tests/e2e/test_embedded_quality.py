@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
+from sfumato.diffusion.loading import load_pipeline
+from sfumato.diffusion.samplers import AUTO
+from sfumato.zoo import DISTILLED, RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.judge import Judge, load_judge
 from sfumato.zoo.train.data import load_split
 from sfumato.zoo.train.evaluate import draw
@@ -69,3 +71,14 @@ def test_judge_on_real_images(judge: Judge, data_dir: Path) -> None:
     print(f"judge: {right[digits].mean():.4f} of real digits, {right[~digits].mean():.4f} of real clothes")
     assert right[digits].mean() >= 0.99
     assert right[~digits].mean() >= 0.91
+
+
+def test_distilled_guidance_draws_in_few_calls(judge: Judge) -> None:
+    """Four calls of the U-Net an image, none of them guided."""
+    labels, student = list(range(20)) * 2, load_pipeline(DISTILLED)
+    student.scheduler = DPMSolverMultistepScheduler.from_config(
+        student.scheduler.config, timestep_spacing="trailing"
+    )
+    said = judge.classify(draw(student, labels, list(range(40)), 1.0, AUTO[DISTILLED].steps))
+    print(f"distilled: {int((said == torch.tensor(labels)).sum())} of 40")
+    assert int((said == torch.tensor(labels)).sum()) >= 36

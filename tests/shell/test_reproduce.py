@@ -67,6 +67,27 @@ def test_from_images_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert image.width > 300
 
 
+def test_our_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_RUNS", 8)
+    monkeypatch.setattr(plans, "_TOGETHER", 4)
+    monkeypatch.setattr(studies, "_CHUNK", 4)
+    monkeypatch.setattr(studies, "_SECURE_CHUNK", 2)
+    monkeypatch.setattr(studies, "ORIGINAL", replace(tables.ORIGINAL, steps=4))
+    two = Setting(name="ours, 2 steps", steps=2, profile="fast")
+    made = small("dit")
+    three = replace(two, name="ours, 3 steps", steps=3)
+    monkeypatch.setitem(
+        tables.STUDIES, "sdu", (lambda _: replace(made, main=(*made.main, two, three)), ("dit",))
+    )
+    asked = Asked(paper="sdu", model="dit", out=tmp_path, images=4, secure=2, secure_steps=2, ours=True)
+    outcome = run_reproduce(asked, Console(file=io.StringIO()))
+    assert list(outcome.merits) == [tables.ORIGINAL.name, two.name, three.name]
+    assert [v.name for v in outcome.validations] == [two.name]
+    assert outcome.validations[0].step_ratio > 1.0
+    assert [f.claim.partition(":")[0] for f in outcome.findings] == [two.name, three.name]
+    assert "--secure 2 --secure-steps 2 --ours" in (tmp_path / "ours-dit.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -16,13 +16,14 @@ import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from sfumato.diffusion.adapters import own
 from sfumato.diffusion.denoiser import check_unet
 from sfumato.errors import JobError
-from sfumato.zoo import embedded_path
+from sfumato.zoo import DISTILLED, distilled_weights, embedded_path
 
 __all__ = [
     "check_class",
@@ -71,7 +72,8 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "token"
 
 
 def load_pipeline(path_or_id: str | Path, served: str = _SERVED, **options: Any) -> Any:
-    """The diffusers pipeline ``served`` behind a folder, a hub id or ``"embedded"``, checked as by `check_pipeline`.
+    """The diffusers pipeline ``served`` behind a folder, a hub id, ``"embedded"`` or ``"embedded-distilled"``,
+    checked as by `check_pipeline`.
 
     Raises:
         JobError: nothing is there, or it is no StableDiffusionPipeline (one sentence).
@@ -79,7 +81,7 @@ def load_pipeline(path_or_id: str | Path, served: str = _SERVED, **options: Any)
     for name, advice in _REFUSED.items():
         if options.pop(name, None) is not None:
             raise JobError(f"from_pretrained takes no {name}: {advice}")
-    embedded = str(path_or_id) == "embedded"
+    embedded = str(path_or_id) in ("embedded", DISTILLED)
     source = str(embedded_path()) if embedded else str(path_or_id)
     folder = Path(source).expanduser()
     index = folder / "model_index.json"
@@ -110,6 +112,9 @@ def load_pipeline(path_or_id: str | Path, served: str = _SERVED, **options: Any)
                 found = Path(hf_hub_download(source, index.name, **where))
                 check_class(_class_name(found), source, served)
             pipe = made.from_pretrained(source, **options)
+            if str(path_or_id) == DISTILLED:
+                pipe.unet.load_state_dict(load_file(distilled_weights()))
+                pipe.register_to_config(_name_or_path=DISTILLED)
     except JobError:
         raise
     except Exception as error:

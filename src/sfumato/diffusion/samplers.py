@@ -16,7 +16,7 @@ from sfumato.diffusion.record import record
 from sfumato.diffusion.scores import aligned, rescheduled, scores
 from sfumato.diffusion.settings import SCHEDULERS
 from sfumato.errors import JobError
-from sfumato.zoo import embedded_path
+from sfumato.zoo import DISTILLED, embedded_path
 
 __all__ = ["AUTO", "CORRECTED", "SAMPLERS", "Auto", "ClippedDPMSolver", "Sampling", "sampler", "solver"]
 
@@ -36,10 +36,11 @@ class Auto:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: DPM-Solver++ (2M) on trailing timesteps, by checkpoint. "embedded" was measured (docs/corrections.md); for others it
-#: is the solver's usual number of steps, which nobody measured here.
+#: DPM-Solver++ (2M) on trailing timesteps, by checkpoint. The first two were measured (docs/corrections.md); for
+#: others it is the solver's usual number of steps, which nobody measured here.
 AUTO = {
     "embedded": Auto(steps=5, guidance=3.5, arguments={"unguided_steps": 1}),
+    DISTILLED: Auto(steps=4, guidance=1.0),
     "": Auto(steps=10),
 }
 
@@ -108,7 +109,7 @@ def sampler(
     """
     own = pipe.scheduler
     if name == "auto":
-        chosen = AUTO["embedded" if _is_embedded(pipe) else ""]
+        chosen = AUTO[_known(pipe)]
         return Sampling(
             scheduler=solver("dpm++", own.config, timestep_spacing="trailing"),
             steps=steps or chosen.steps,
@@ -133,5 +134,7 @@ def sampler(
     return Sampling(scheduler=scheduler, steps=steps, correction=correction)
 
 
-def _is_embedded(pipe: Any) -> bool:
-    return Path(str(pipe.name_or_path)) == Path(embedded_path())
+def _known(pipe: Any) -> str:
+    """A checkpoint's key in `AUTO`."""
+    path = str(pipe.name_or_path)
+    return DISTILLED if path == DISTILLED else "embedded" if Path(path) == embedded_path() else ""

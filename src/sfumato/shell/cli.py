@@ -53,7 +53,11 @@ def top(
 
 
 Model = Annotated[
-    str, typer.Option(help="'embedded', a StableDiffusionPipeline folder, a hub id, or cluster:NAME.")
+    str,
+    typer.Option(
+        help="'embedded', 'embedded-distilled' (guidance in one call), a StableDiffusionPipeline folder, a hub "
+        "id, or cluster:NAME."
+    ),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 StepsOrOffer = Annotated[
@@ -92,9 +96,9 @@ CalibrateOn = Annotated[Path | None, typer.Option(help=CALIBRATE_ON, metavar="FI
 def _guidance(model: str, given: float | None) -> float:
     if given is not None:
         return given
-    from sfumato.zoo import RECOMMENDED_GUIDANCE
+    from sfumato.zoo import DISTILLED, RECOMMENDED_GUIDANCE
 
-    return RECOMMENDED_GUIDANCE if model == "embedded" else 7.5
+    return {"embedded": RECOMMENDED_GUIDANCE, DISTILLED: 1.0}.get(model, 7.5)
 
 
 def _settings(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:

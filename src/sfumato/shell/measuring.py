@@ -70,6 +70,7 @@ def reproduce(
         int | None, typer.Option(min=1, help="Of main rows with at most so many steps.")
     ] = None,
     main_rows: Annotated[bool, typer.Option("--main", help="The main table alone.")] = False,
+    ours: Annotated[bool, typer.Option("--ours", help="Our settings and the original alone.")] = False,
     weights: Annotated[
         Path | None, typer.Option(help="Folder of weights that do not come with sfumato (cifar10).")
     ] = None,
@@ -100,8 +101,8 @@ def reproduce(
 
     known = STUDIES.get(paper)
     asked = Asked(
-        paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure, main=main_rows,
-        secure_steps=secure_steps,
+        paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure,
+        secure_steps=secure_steps, main=main_rows, ours=ours,
         ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
         prompts=tuple(prompts_in(prompts) or ()), clip=clip,
     )  # fmt: skip

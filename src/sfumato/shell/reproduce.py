@@ -115,7 +115,7 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
         f"`sfumato reproduce {outcome.study.name} --model {outcome.asked.model} --images {outcome.asked.images}"
         f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}"
         f"{f' --secure-steps {most}' if outcome.asked.secure and most is not None else ''}"
-        f"{' --main' if outcome.asked.main else ''}`. {_machine()}", "",
+        f"{' --main' if outcome.asked.main else ''}{' --ours' if outcome.asked.ours else ''}`. {_machine()}", "",
         "Fréchet distance, precision and recall are in the features of a classifier that was trained on the same real "
         "data, so they are not comparable with published FID; differences are to the first row, with 95 % intervals of "
         "a bootstrap over pairs of the same prompt and seed. PSNR is the median to the original's image. MB and rounds "

@@ -31,8 +31,9 @@ class Asked:
 
     ``images``: of each row by the plan's arithmetic in the clear; ``secure``: of each main row under the protocol,
     three processes over TLS, or 0, and of those with at most ``secure_steps`` steps (None: all); ``main``: the main
-    rows alone. ``weights``: folder of those that do not come with sfumato. ``prompts``: of a pipeline, which ``model``
-    then names by folder or hub id; ``clip``: a CLIP model to examine its images with.
+    rows alone; ``ours``: our settings and the original alone. ``weights``: folder of those that do not come with
+    sfumato. ``prompts``: of a pipeline, which ``model`` then names by folder or hub id; ``clip``: a CLIP model to
+    examine its images with.
     """
 
     paper: str
@@ -42,6 +43,7 @@ class Asked:
     secure: int = 0
     secure_steps: int | None = None
     main: bool = False
+    ours: bool = False
     ray: str | None = None
     weights: str = ""
     prompts: tuple[str, ...] = ()
@@ -50,7 +52,7 @@ class Asked:
     @property
     def name(self) -> str:
         """Of files: the paper, and the model or the last part of its path."""
-        return f"{self.paper}-{Path(self.model).name}"
+        return f"{'ours' if self.ours else self.paper}-{Path(self.model).name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +122,20 @@ def reproduce(asked: Asked, progress: Callable[[str, int, int], None] | None = N
         merits = {name: merit(model, row, base, _cost(drawer, row.setting)) for name, row in rows.items()}
         if asked.secure:
             most = math.inf if asked.secure_steps is None else asked.secure_steps
-            chosen = [s for s in wanted.main if s.profile is not None and s.steps <= most]
+            drawn = [s for s in wanted.main if s.name in rows and s.profile is not None]
+            chosen = [s for s in drawn if s.steps <= most]
             real = _sweep(asked, asked.secure, "local").run(chosen, counted("under the protocol"))
             validations = [_validated(model, row, rows, base, drawer) for row in real]
-    return Outcome(asked, wanted, rows, merits, validations, findings(asked.paper, merits))
+    return Outcome(
+        asked, wanted, rows, merits, validations, findings("ours" if asked.ours else asked.paper, merits)
+    )
 
 
 def tables_of(asked: Asked, wanted: Study) -> Sequence[Table]:
     """The tables that were asked for."""
+    if asked.ours:
+        ours = tuple(row for row in wanted.main if row.name.startswith("ours"))
+        return (Table("Ours", "our settings beside the original", (ORIGINAL, *ours)),)
     return wanted.tables[:1] if asked.main else wanted.tables
 
 

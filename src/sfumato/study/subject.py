@@ -18,7 +18,7 @@ from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.samplers import solver
 from sfumato.errors import JobError
 from sfumato.study.clip import clip_examiner
-from sfumato.zoo import RECOMMENDED_GUIDANCE, embedded_path
+from sfumato.zoo import DISTILLED, RECOMMENDED_GUIDANCE, embedded_path
 from sfumato.zoo.classes import NAMES, ClassModel, load_class_model, weights_path
 from sfumato.zoo.judge import load_named_judge
 from sfumato.zoo.references import Reference, load_reference
@@ -141,12 +141,12 @@ def subject(
             return made
         examiner = clip_examiner(clip)
         return replace(made, judge=examiner, asked=examiner.of_prompts(list(prompts)))
+    if name == "embedded" and variant in ("", "distilled"):
+        return _embedded(variant)
     if variant and name not in NAMES:
         raise JobError(
             f"{name} has no other network {variant!r}; only the models {', '.join(NAMES)} have some"
         )
-    if name == "embedded":
-        return _embedded()
     if name not in NAMES:
         raise JobError(
             f"there is no model {name!r} for studies; use one of {', '.join(SUBJECTS)}, or a pipeline and --prompts"
@@ -159,12 +159,13 @@ def _own(name: str, folder: str, variant: str = "") -> Path | None:
     return Path(folder) if folder and weights_path(name, Path(folder), variant).is_file() else None
 
 
-def _embedded() -> Subject:
-    pipe = load_pipeline(str(embedded_path()), "StableDiffusionPipeline")
+def _embedded(variant: str) -> Subject:
+    pipe = load_pipeline(DISTILLED if variant else str(embedded_path()), "StableDiffusionPipeline")
     prompts = [plain_prompt(label) for label in range(_CLASSES)]
     made = of_pipeline("embedded", pipe, prompts, guidance=RECOMMENDED_GUIDANCE)
     return replace(
         made, labels=tuple(range(_CLASSES)), judge=load_named_judge("grey"), reference=load_reference("embedded"),
+        guidance=None if variant else made.guidance, variant=variant,
     )  # fmt: skip
 
 

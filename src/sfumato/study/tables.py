@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sfumato.diffusion.correction import Pull
 from sfumato.diffusion.samplers import AUTO
 from sfumato.errors import JobError
 from sfumato.study.setting import Offline, Setting
+from sfumato.zoo import DISTILLED
 
 __all__ = ["CONTROL_4", "ORIGINAL", "OURS", "STUDIES", "TUNED", "Study", "Table", "study"]
 
@@ -37,21 +39,24 @@ class Study:
     tables: tuple[Table, ...]
 
 
-_AUTO = AUTO["embedded"]
-#: Our few-step settings by model: chosen on 1,000 images of the exact network that no study draws, and judged on others
-#: (docs/corrections.md).
+def _few(steps: int, name: str = "ours", **more: Any) -> Setting:
+    """DPM-Solver++ on trailing timesteps under the profile ``fast``."""
+    named = f"{name}, {steps} steps"
+    return Setting(name=named, steps=steps, solver="dpm++", spacing="trailing", profile="fast", **more)
+
+
+_AUTO, _DISTILLED = AUTO["embedded"], AUTO[DISTILLED]
+#: Our few-step settings by model: chosen on images of the exact network that no study draws (benchmarks/few_steps.py),
+#: and judged on others (docs/corrections.md). The second is of the network that has guidance in it.
 OURS = {
-    "embedded": Setting(
-        name="ours, 5 steps",
-        steps=_AUTO.steps,
-        solver="dpm++",
-        spacing="trailing",
-        guidance=_AUTO.guidance,
-        unguided=_AUTO.arguments["unguided_steps"],
-        profile="fast",
+    "embedded": (
+        _few(_AUTO.steps, guidance=_AUTO.guidance, unguided=_AUTO.arguments["unguided_steps"]),
+        _few(_DISTILLED.steps, "ours, distilled guidance", network="distilled"),
     ),
+    "dit": (_few(10, guidance=2.75),),
+    "cifar10": (_few(10, guidance=3.0),),
 }
-_OURS = Setting(name="ours, 5 steps", steps=5, solver="dpm++", spacing="trailing", profile="fast")
+_OURS = (_few(5),)
 
 
 #: Networks that were tuned to the functions of the paper under which they are studied, by model.
@@ -87,7 +92,7 @@ def _named(setting: Setting, name: str) -> Setting:
 def _sdu_study(model: str) -> Study:
     ours = OURS.get(model, _OURS)
     pull, corrected = Pull(), _sdu()
-    main = (_approximated(50), _approximated(10), corrected, ours)
+    main = (_approximated(50), _approximated(10), corrected, *ours)
     ablation = tuple(_sdu(steps) for steps in (25, 20, 10, 5))
     m_rows = tuple(
         _named(_sdu(fine=fine), f"m = {fine // 10} ({fine} fine steps)") for fine in (10, 20, 50, 100)
@@ -134,7 +139,7 @@ def _sdu_study(model: str) -> Study:
         "sdu", "SDU: few secure steps, corrected by scores computed in the clear", main,
         (
             Table("SDU's Table 1", "the original, the approximated network, and the correction", (ORIGINAL, *main)),
-            Table("Steps of the secret run", "SDU's Figure 5", (*ablation, _approximated(5), ours), 0.5),
+            Table("Steps of the secret run", "SDU's Figure 5", (*ablation, _approximated(5), *ours), 0.5),
             Table("Fine steps for each coarse one", "m of Algorithm 1", m_rows, 0.5),
             Table("Switches", "what the text leaves open, on the exact network", switches, 0.5),
             Table("Controls", "what explains the gain", controls),
@@ -159,10 +164,10 @@ def _usg_study(model: str) -> Study:
     )
     return Study(
         "usg", "USG: loose approximations, corrected by unconditional scores",
-        (*precise, *loose, ours),
+        (*precise, *loose, *ours),
         (
             Table("USG's Tables 1 and 2", "precise and loose, with and without the correction",
-                  (ORIGINAL, *precise, *loose, usg(None), ours)),
+                  (ORIGINAL, *precise, *loose, usg(None), *ours)),
             Table("The weight", "eta of the correction, on the loose profile",
                   tuple(usg("usg-loose", eta) for eta in (0.05, 0.1, 0.2)), 0.5),
             Table("Controls", "what explains the gain", (
