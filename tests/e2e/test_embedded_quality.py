@@ -73,6 +73,7 @@ def test_judge_on_real_images(judge: Judge, data_dir: Path) -> None:
     assert right[~digits].mean() >= 0.91
 
 
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 def test_distilled_guidance_draws_in_few_calls(judge: Judge) -> None:
     """Four calls of the U-Net an image, none of them guided."""
     labels, student = list(range(20)) * 2, load_pipeline(DISTILLED)
