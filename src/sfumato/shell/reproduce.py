@@ -50,10 +50,11 @@ def run_reproduce(asked: Asked, console: Console, inception: Path | None = None)
             )
     for table in tables_of(asked, outcome.study):
         shown = Table(title=table.title, title_justify="left")
-        for i, name in enumerate(_COLUMNS):
+        heads, rows = _told([_cells(outcome.merits[row.name]) for row in table.rows])
+        for i, name in enumerate(heads):
             shown.add_column(name, justify="left" if i == 0 else "right")
-        for row in table.rows:
-            shown.add_row(*_cells(outcome.merits[row.name]))
+        for cells in rows:
+            shown.add_row(*cells)
         console.print(shown)
     for finding in outcome.findings:
         console.print(f"{_verdict(finding.holds)}: {finding.claim}. {finding.numbers}", markup=False)
@@ -103,6 +104,12 @@ def _cells(m: Merit) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _told(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows, without the columns that say nothing."""
+    kept = [i for i in range(len(_COLUMNS)) if any(row[i] != "-" for row in rows)]
+    return tuple(_COLUMNS[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+
+
 # ---- the page ----------------------------------------------------------------------------------------------
 
 
@@ -127,7 +134,7 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
     ]  # fmt: skip
     for table in tables_of(outcome.asked, outcome.study):
         lines += [f"## {table.title}", "", f"{table.shows[0].upper()}{table.shows[1:]}.", ""]
-        lines += _markdown(_COLUMNS, [_cells(outcome.merits[row.name]) for row in table.rows])
+        lines += _markdown(*_told([_cells(outcome.merits[row.name]) for row in table.rows]))
     if distances:
         lines += ["## Inception's features", "",
                   f"Fréchet distance to the images of {ORIGINAL.name}, in the features of published FID (InceptionV3, "
@@ -202,25 +209,26 @@ def _grid(outcome: Outcome, path: Path) -> None:
 
 
 def _plot(outcome: Outcome, path: Path) -> None:
-    """Fréchet distance against bytes, the original as a line."""
+    """How much further than the original's images a row's are from real ones, against bytes. Not the distances
+    themselves: those fall with the number of images, and tables have different ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
     for name, m in outcome.merits.items():
-        if m.megabytes is None or m.frechet is None:
+        if m.megabytes is None or m.against is None:
             continue
-        axis.plot(m.megabytes, m.frechet, "s" if name.startswith("ours") else "o",
-                  color="#c0392b" if name.startswith("ours") else "#1f4e79")  # fmt: skip
-        axis.annotate(name, (m.megabytes, m.frechet), fontsize=6, xytext=(4, 3), textcoords="offset points")
-    first = next(iter(outcome.merits.values()))
-    if first.frechet is not None:
-        axis.axhline(first.frechet, color="#888", lw=1, ls="--", label=first.name)
-        axis.legend(frameon=False)
+        middle, low, high = (100.0 * x for x in (m.against.value, m.against.low, m.against.high))
+        ours = name.startswith("ours")
+        axis.errorbar(m.megabytes, middle, [[max(0.0, middle - low)], [max(0.0, high - middle)]],
+                      fmt="s" if ours else "o", color="#c0392b" if ours else "#1f4e79", lw=0.7, ms=4)  # fmt: skip
+        axis.annotate(name, (m.megabytes, middle), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axis.axhline(0.0, color="#888", lw=1, ls="--")
     axis.set_xscale("log")
+    axis.margins(x=0.2)
     axis.set_xlabel("MB between the parties, one image")
-    axis.set_ylabel("Fréchet distance (classifier features)")
+    axis.set_ylabel("Fréchet distance over that of the original's images, %")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -22,7 +22,7 @@ from sfumato.study.sweep import Row
 
 __all__ = ["Merit", "merit"]
 
-_FEWEST = 20  # with fewer images neighbours say nothing
+_FEWEST = 200  # with fewer images neighbours say nothing
 _NEIGHBOURS_OF = 2000  # images for precision and recall: all pairs are in memory
 
 

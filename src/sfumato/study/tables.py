@@ -140,7 +140,7 @@ def _sdu_study(model: str) -> Study:
         (
             Table("SDU's Table 1", "the original, the approximated network, and the correction", (ORIGINAL, *main)),
             Table("Steps of the secret run", "SDU's Figure 5", (*ablation, _approximated(5), *ours), 0.5),
-            Table("Fine steps for each coarse one", "m of Algorithm 1", m_rows, 0.5),
+            Table("Fine steps for each coarse one", "fine steps of the record, m of Algorithm 1", m_rows, 0.5),
             Table("Switches", "what the text leaves open, on the exact network", switches, 0.5),
             Table("Controls", "what explains the gain", controls),
             Table("Beyond", "other corrections, doubted settings, and the insecure reference", beyond, 0.5),
