@@ -118,7 +118,7 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
     _grid(outcome, out / f"{name}-images.png")
     _plot(outcome, out / f"{name}-cost.png")
     lines = [
-        f"# {outcome.study.title}", "",
+        f"# {'Our few-step settings' if outcome.asked.ours else outcome.study.title}", "",
         f"`sfumato reproduce {outcome.study.name} --model {outcome.asked.model} --images {outcome.asked.images}"
         f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}"
         f"{f' --secure-steps {most}' if outcome.asked.secure and most is not None else ''}"
