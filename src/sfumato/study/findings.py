@@ -74,15 +74,16 @@ def _usg(rows: Mapping[str, Merit]) -> list[Finding]:
         found.append(
             Finding(
                 "Loose approximations cost quality",
-                gap > 0.0,
-                f"Fréchet {loose.frechet:.3f} against {precise.frechet:.3f} of the precise ones",
+                _apart(loose, precise),
+                f"Fréchet {loose.frechet:.3f} ({_percent(loose)}) against {precise.frechet:.3f} ({_percent(precise)}) "
+                "of the precise ones",
             )
         )
         found.append(
             Finding(
                 "The correction about halves what they cost",
-                gap > 0.0 and mended.frechet <= loose.frechet - 0.4 * gap,
-                f"{mended.frechet:.3f} with the correction",
+                _apart(loose, precise) and mended.frechet <= loose.frechet - 0.4 * gap,
+                f"{mended.frechet:.3f} ({_percent(mended)}) with the correction",
             )
         )
     if precise.megabytes and loose.megabytes:
@@ -189,6 +190,13 @@ def _free(corrected: Merit, without: Merit) -> Finding:
         (corrected.megabytes, corrected.rounds) == (without.megabytes, without.rounds),
         f"{corrected.megabytes:,.2f} MB and {corrected.rounds:,} rounds with it, {without.megabytes:,.2f} MB and "
         f"{without.rounds:,} without",
+    )
+
+
+def _apart(worse: Merit, better: Merit) -> bool:
+    """Whether the intervals of both say so."""
+    return (
+        worse.against is not None and better.against is not None and worse.against.low > better.against.high
     )
 
 
