@@ -89,6 +89,12 @@ def test_sentences_follow_the_numbers(better: bool) -> None:
     assert not {f.claim[:12]: f.holds for f in findings("sdu", rows)}["The correcti"]
 
 
+def test_too_few_images_leave_a_comparison_open() -> None:
+    base = made("original, 50 steps", 3.0, 0.0, (0.0, 0.0, 0.0))
+    few = made("ours, 5 steps", 3.0, 10.0, (0.01, -0.08, 0.1))
+    assert [finding.holds for finding in findings("ours", {base.name: base, few.name: few})] == [None]
+
+
 def test_what_tuning_gains_is_told_with_its_processor_hours() -> None:
     names = ("original, 50 steps", "SPU's functions", "CipherDM (softmax and SiLU)", "ours, 50 steps")
     rows = {name: made(name, 60.0, 10.0, (0.0, 0.0, 0.0)) for name in names}

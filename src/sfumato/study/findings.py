@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sfumato.quality import Interval
 from sfumato.study.merit import Merit
 from sfumato.study.tables import CONTROL_4
 
@@ -137,9 +138,9 @@ def _cipherdm(rows: Mapping[str, Merit]) -> list[Finding]:
     if spu.megabytes and ours.megabytes:
         found.append(
             Finding(
-                "Ours moves at least ten times fewer bytes than SPU's functions, both at our prices",
-                spu.megabytes >= 10.0 * ours.megabytes,
-                f"{spu.megabytes / ours.megabytes:.1f} times",
+                "Ours moves at least five times fewer bytes than SPU's functions on the same protocol",
+                spu.megabytes >= 5.0 * ours.megabytes,
+                f"{spu.megabytes / ours.megabytes:.1f} times; SPU itself is measured by benchmarks/cipherdm.py",
             )
         )
     return found
@@ -175,13 +176,20 @@ def _ours(rows: Mapping[str, Merit]) -> list[Finding]:
         Finding(
             f"{row.name}: no worse than the original with 50 (bounds: {100 * _FRECHET:g} % in Fréchet distance, "
             f"{_POINTS:g} point in class accuracy)",
-            row.against.high <= _FRECHET and row.points.low >= -_POINTS,
+            _no_worse(row.against, row.points),
             f"Fréchet {_percent(row)}, accuracy {row.points.value:+.2f} points "
             f"[{row.points.low:+.2f}, {row.points.high:+.2f}], {row.images:,} images",
         )
         for name, row in rows.items()
         if name.startswith("ours") and row.against is not None and row.points is not None
     ]
+
+
+def _no_worse(against: Interval, points: Interval) -> bool | None:
+    """None where there are too few images to say."""
+    if against.low > _FRECHET or points.high < -_POINTS:
+        return False
+    return True if against.high <= _FRECHET and points.low >= -_POINTS else None
 
 
 def _free(corrected: Merit, without: Merit) -> Finding:
