@@ -20,6 +20,7 @@ from protocol_suite import CASES, PROTOCOLS, SHAPES, Case
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.protocol import cost, rep3_bits
 from sfumato.protocol.base import Protocol, Window
+from sfumato.protocol.plain import Plain
 from sfumato.ring.planes import from_plane, to_planes
 from sfumato.session.drive import simulate
 from sfumato.session.session import Session
@@ -288,6 +289,16 @@ def test_plain_asserts_headroom() -> None:
     for word in (1 << 30, -(1 << 30)):
         with pytest.raises(RangeError, match="/case"):
             suite.execute(p, case, Z32, [torch.tensor([word], dtype=torch.int32)])
+
+
+def test_plain_wraps_where_it_is_told_to() -> None:
+    """A power of a published polynomial may overflow, and a bit of zero then take it out: no reason to end."""
+    case, wrapping = TRUNCATIONS[0], Plain(wraps=True)
+    small = torch.tensor([0, 5 << 8], dtype=torch.int32)
+    with_large = torch.tensor([1 << 30, 5 << 8], dtype=torch.int32)
+    (wanted,), _ = suite.execute(PROTOCOLS["plain"], case, Z32, [small])
+    (found,), _ = suite.execute(wrapping, case, Z32, [with_large])
+    assert found.parts[0][1] == wanted.parts[0][1]
 
 
 # ---- bits --------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class Plain(Protocol):
     """One party, real words, stochastic rounding as in ``rep3``: floor, or ceiling with probability equal to
     the fraction.
 
-    ``wraps``: a word beyond the range of a truncation goes on as it is, wrong, as it does in ``rep3``, instead of
-    ending the run. Published functions need that: some powers overflow where a bit of zero then takes them out.
+    ``wraps``: a word beyond the range of a truncation or of a function goes on, wrong, as it does in ``rep3``, instead
+    of ending the run. Published functions need that: some powers overflow where a bit of zero then takes them out.
     """
 
     name = "plain"
@@ -183,7 +183,11 @@ class Plain(Protocol):
         # a uniform draw in [-1, 1] has deviation 1 / sqrt(3)
         words = (exact + uniform * math.sqrt(3.0) * noise) * 2.0**scale
         limit = 2.0 ** (word - 2)
-        if exact.numel() and not bool((words.abs() < limit).all()):
+        if self._wraps:
+            words = words.nan_to_num(0.0).clamp(
+                -limit, limit
+            )  # wrong, as in rep3, where it is another wrong value
+        elif exact.numel() and not bool((words.abs() < limit).all()):
             raise RangeError(
                 f"a function's value at {s.path} needs more than {word - 2 - scale} integer bits; "
                 "use fewer fraction bits, or calibrate on inputs like this one"
