@@ -32,6 +32,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images at once, and ranges from few runs."""
+    monkeypatch.setattr(plans, "_RUNS", 8)
+    monkeypatch.setattr(plans, "_TOGETHER", 4)
+    monkeypatch.setattr(studies, "_CHUNK", 4)
+    monkeypatch.setattr(studies, "_SECURE_CHUNK", 2)
+
+
 def small(model: str) -> Study:
     """SDU's main rows in miniature."""
     approximated = Setting(name="approximated, 50 steps", steps=4, profile="fast")
@@ -42,10 +50,7 @@ def small(model: str) -> Study:
 
 
 def test_from_images_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_RUNS", 8)
-    monkeypatch.setattr(plans, "_TOGETHER", 4)
-    monkeypatch.setattr(studies, "_CHUNK", 4)
-    monkeypatch.setattr(studies, "_SECURE_CHUNK", 2)
+    quick(monkeypatch)
     monkeypatch.setattr(tables, "ORIGINAL", replace(tables.ORIGINAL, steps=4))
     monkeypatch.setitem(tables.STUDIES, "sdu", (small, ("dit",)))
     said = io.StringIO()
@@ -68,10 +73,7 @@ def test_from_images_to_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_our_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_RUNS", 8)
-    monkeypatch.setattr(plans, "_TOGETHER", 4)
-    monkeypatch.setattr(studies, "_CHUNK", 4)
-    monkeypatch.setattr(studies, "_SECURE_CHUNK", 2)
+    quick(monkeypatch)
     monkeypatch.setattr(studies, "ORIGINAL", replace(tables.ORIGINAL, steps=4))
     two = Setting(name="ours, 2 steps", steps=2, profile="fast")
     made = small("dit")

@@ -151,12 +151,12 @@ class Sweep:
     def _place(self, network: str) -> str:
         """A folder's name: the model's, with a digest of weights that do not come with it; of a pipeline, a digest of
         what it is asked for."""
-        if not self.prompts and not self.weights and not network:
-            return self.subject
-        if not self.prompts:
+        if self.prompts:
+            facts = json.dumps([self.subject, self.prompts, self.clip])
+            return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+        if self.weights or network:
             return f"{self.subject}-{_weights(self.subject, self.weights, network)}"
-        facts = json.dumps([self.subject, self.prompts, self.clip])
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+        return self.subject
 
     def chunk_of(self, setting: Setting, start: int) -> Chunk:
         """The chunk of a row that begins with image ``start``."""

@@ -67,7 +67,8 @@ CONTROL_4 = "control 4, network tuned on the functions"
 
 def _tuned(paper: str, model: str) -> tuple[str, ...]:
     """The tuned network of a model, or none."""
-    return tuple(TUNED[paper][name] for name in TUNED[paper] if name == model)
+    found = TUNED[paper].get(model)
+    return () if found is None else (found,)
 
 
 def _sdu(steps: int = 10, profile: str | None = "sdu", **offline: object) -> Setting:
@@ -208,8 +209,8 @@ def _cipherdm_study(model: str) -> Study:
                 *(row(f"{CONTROL_4}: CipherDM", "cipherdm", network=network) for network in _tuned("cipherdm", model)),
             )),
             Table("Fewer steps", "what we would run", (
-                Setting(name="ours, 10 steps", steps=10, solver="dpm++", spacing="trailing", profile="fast"),
-                Setting(name="exact, 10 steps", steps=10, solver="dpm++", spacing="trailing"),
+                _few(10),
+                _exact(10, solver="dpm++", spacing="trailing"),
             )),
         ),
     )  # fmt: skip
