@@ -204,7 +204,7 @@ def weights_digest(*modules: nn.Module) -> str:
         )
         for name, tensor in module.state_dict().items():
             state.update(name.encode())
-            state.update(tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().tobytes())
+            state.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 

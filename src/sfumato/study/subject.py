@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import load_pipeline
+from sfumato.diffusion.loading import load_pipeline, weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.samplers import solver
 from sfumato.errors import JobError
@@ -96,11 +96,9 @@ class Subject:
     def digest(self) -> str:
         """16 hex digits of the weights: what draws, the texts, and what judges."""
         judge: Any = self.judge
-        modules = [self.single, judge] if isinstance(judge, nn.Module) else [self.single]
-        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-        tensors += [self.texts, *([] if self.reference is None else [self.reference.mean])]
-        found = hashlib.blake2b(digest_size=8)
-        for tensor in tensors:
+        modules = [self.single, *([judge] if isinstance(judge, nn.Module) else [])]
+        found = hashlib.blake2b(weights_digest(*modules).encode(), digest_size=8)
+        for tensor in (self.texts, *([] if self.reference is None else [self.reference.mean])):
             found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
