@@ -313,11 +313,16 @@ def test_abort_overtakes_queued_frames_of_a_peer_that_does_not_read(clusters: li
     in_parallel(*(link.close for link in links))
 
 
-def test_last_words_are_heard_also_when_a_write_fails_first(clusters: list[Path]) -> None:
+@pytest.mark.parametrize("unread", [0, 1 << 23], ids=["idle", "in the middle of a write"])
+def test_last_words_are_heard_also_when_a_write_fails_first(clusters: list[Path], unread: int) -> None:
     folder = clusters[0]
     peer, sock = meet(folder / "party0", folder / "party1", HOSTS[1], party_identity(1))
     link = TlsLink(1, {0: sock}, LIMITS)
     with link._channels[0].reading:  # nothing is read yet
+        if unread:  # more than the socket takes: a part of a record stays behind, and its write fails later
+            link._channels[0].stage(pack_header(Kind.DATA, BYTES, A, 0, unread), bytes(unread), unread)
+            link._channels[0].depart()
+            time.sleep(0.2)
         words = abort_payload("no room", "JobError", 0)
         peer.sendall(pack_header(Kind.ABORT, 0, bytes(8), 0, len(words)) + words)
         peer.close()

@@ -45,7 +45,7 @@ class FakeMachine:
         if who and int(who) != self.party:
             return
         if kind == "value-error":
-            raise ValueError("the secret is 12345")
+            raise ValueError("the secret is marmalade")
         if kind == "range-error":
             raise RangeError("layer mid.attn left its range")
         if kind == "kill":

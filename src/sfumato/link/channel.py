@@ -85,6 +85,7 @@ class Channel:
         self.problem: LinkError | None = None
         self.left = False  # it said goodbye
         self.garbled = False  # it sent what is no frame
+        self.deaf = False  # a write failed: OpenSSL takes no other after it, and there is nobody to read it
         self.inside_frame = False
         self.progress_at = time.monotonic()
         self.payload_sent = self.payload_received = 0
@@ -180,6 +181,9 @@ class Channel:
     def _pump(self) -> bool:
         """Write until all has left (True) or the socket takes no more (False). Only under ``_writing``."""
         while True:
+            if self.deaf:
+                self._discard()
+                return True
             piece = self._retry if self._retry is not None else self._next_piece()
             if piece is None:
                 return True
@@ -195,16 +199,19 @@ class Channel:
                 gone = isinstance(error, (ConnectionError, ssl.SSLEOFError))
                 if not gone or not self.reader.is_alive():
                     self._fail_io(error)
-                with self._changed:
-                    self._outgoing.clear()
-                    self.unsent, self._retry = 0, None
-                    self._changed.notify_all()
-                return True
+                self.deaf = True
+                continue
             self._retry = None if count == len(piece) else memoryview(piece)[count:]
             with self._changed:
                 self.unsent -= count
                 if self.unsent == 0 or self.unsent > _DIRECT:
                     self._changed.notify_all()
+
+    def _discard(self) -> None:
+        with self._changed:
+            self._outgoing.clear()
+            self.unsent, self._retry = 0, None
+            self._changed.notify_all()
 
     def _write_all(self) -> None:
         writable = select.poll()

@@ -305,7 +305,7 @@ class _Worker:
         return {"facts": {"party": self.index, "run": self.job.run[:8], "kind": self.job.kind, **more}}
 
     def _seconds(self) -> float:
-        return time.monotonic() - self._started
+        return round(time.monotonic() - self._started, 3)
 
     def linger(self) -> None:
         """Leave the peers a moment to read what was said last: a closed socket may take it back."""
