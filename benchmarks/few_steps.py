@@ -4,10 +4,11 @@
     python benchmarks/few_steps.py cifar10 --weights FOLDER --images 1000 dpm++:10:3
 
 A setting is SOLVER:STEPS:GUIDANCE[:UNGUIDED], on trailing timesteps (``ddim`` on leading ones); without guidance a
-dash. Images are of seeds that no study draws (``sfumato reproduce`` judges what was chosen here on others). Float
-throughout: this is what the sampler loses; what fixed point adds is in the studies. ``cost`` is the number of halves of
-a guided evaluation, over that of the 50 steps. Pages: results/few-steps.json and results/few-steps.md, a section a
-model.
+dash. ``few:STEPS`` is the model's student of so many steps (``python -m sfumato.zoo.train.few``). Images are of seeds
+that no study draws (``sfumato reproduce`` judges what was chosen here on others). Float throughout: this is what the
+sampler loses; what fixed point adds is in the studies. ``cost`` is the number of halves of a guided evaluation, over
+that of the 50 steps. Pages: results/few-steps.json and results/few-steps.md, a section a model, and one more for 50
+steps at another ``--guidance``; ``--keep`` leaves the rows of other settings that are there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sfumato.quality import Features, frechet, frechet_difference
 from sfumato.study.draw import Drawer
 from sfumato.study.setting import Setting
 from sfumato.study.subject import Subject, subject
+from sfumato.zoo.classes import FEW
 
 RECORD, PAGE = common.RESULTS / "few-steps.json", common.RESULTS / "few-steps.md"
 FIRST_SEED = 3_000_000
@@ -36,6 +38,8 @@ def setting_of(text: str) -> Setting:
     Raises:
         ValueError: the text is not of this form.
     """
+    if text.startswith(f"{FEW}:"):
+        return Setting(name=text, steps=int(text.removeprefix(f"{FEW}:")), network=FEW)
     solver, steps, guidance, unguided = [*text.split(":"), "0"][:4]
     return Setting(
         name=text, solver=solver, steps=int(steps), unguided=int(unguided),
@@ -60,17 +64,18 @@ def drawn(drawer: Drawer, setting: Setting, images: int) -> tuple[torch.Tensor, 
 
 def halves(model: Subject, setting: Setting) -> int:
     """Evaluations of one half that an image takes."""
-    return setting.steps * (1 if model.guidance is None else 2) - setting.unguided
+    guided = model.of(setting.network).guidance is not None
+    return setting.steps * (2 if guided else 1) - setting.unguided
 
 
-def compared(model: Subject, settings: list[Setting], images: int) -> list[dict[str, Any]]:
+def compared(model: Subject, original: Setting, settings: list[Setting], images: int) -> list[dict[str, Any]]:
     """Figures of each setting beside the original's."""
     assert model.reference is not None
     real = Features(model.reference.mean.double(), model.reference.covariance.double())
     rows = []
     with Drawer(model, CHUNK) as drawer:
-        base, right = drawn(drawer, ORIGINAL, images)
-        rows.append({"setting": ORIGINAL.name, "frechet": frechet(Features.of(base), real),
+        base, right = drawn(drawer, original, images)
+        rows.append({"setting": original.name, "frechet": frechet(Features.of(base), real),
                      "accuracy": float(right.mean()), "cost": 1.0})  # fmt: skip
         for setting in settings:
             features, hits = drawn(drawer, setting, images)
@@ -78,7 +83,7 @@ def compared(model: Subject, settings: list[Setting], images: int) -> list[dict[
             spread = 1.96 * float(points.std()) / images**0.5
             rows.append({
                 "setting": setting.name, "frechet": frechet(Features.of(features), real),
-                "accuracy": float(hits.mean()), "cost": halves(model, setting) / halves(model, ORIGINAL),
+                "accuracy": float(hits.mean()), "cost": halves(model, setting) / halves(model, original),
                 "difference": [apart.value, apart.low, apart.high],
                 "points": [float(points.mean()), float(points.mean()) - spread, float(points.mean()) + spread],
             })  # fmt: skip
@@ -119,13 +124,27 @@ def main() -> None:
     arguments.add_argument("settings", nargs="+", type=setting_of)
     arguments.add_argument("--images", type=int, default=1000)
     arguments.add_argument("--weights", default="", help="folder of weights that do not come with sfumato")
+    arguments.add_argument("--guidance", type=float, help="of the 50 steps (default: the model's own)")
+    arguments.add_argument(
+        "--keep", action="store_true", help="keep the rows of other settings, of as many images"
+    )
     args = arguments.parse_args()
     if args.images < CHUNK or args.images % CHUNK:
         arguments.error(f"--images must be a multiple of {CHUNK}")
     torch.set_num_threads(1)
-    rows = compared(subject(args.model, args.weights), args.settings, args.images)
+    original, section = ORIGINAL, args.model
+    if args.guidance is not None:
+        original, section = (
+            setting_of(f"ddim:50:{args.guidance:g}"),
+            f"{args.model} at guidance {args.guidance:g}",
+        )
+    rows = compared(subject(args.model, args.weights), original, args.settings, args.images)
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    record[args.model] = {
+    held = record.get(section, {})
+    if args.keep and held.get("images") == args.images:
+        new = {row["setting"] for row in rows}
+        rows = [rows[0], *(row for row in held["rows"] if row["setting"] not in new), *rows[1:]]
+    record[section] = {
         "images": args.images,
         "machine": common.machine_line(common.machine()),
         "rows": rows,

@@ -86,6 +86,67 @@ def simulated(seed: bytes, low: int, high: int) -> bytes:
     return hashlib.blake2b(f"simulated pair {low}{high}".encode(), key=seed, digest_size=32).digest()
 
 
+def hashed(block: bytes, name: str) -> bytes:
+    """AES of a block under a fixed key, xored with the block."""
+    fixed = hashlib.blake2b(name.encode(), digest_size=16, person=b"sfumato-dpf1").digest()
+    return xor(Cipher(algorithms.AES(fixed), modes.ECB()).encryptor().update(block), block)
+
+
+def xor(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
+
+
+def child(seed: bytes, side: int) -> tuple[bytes, int]:
+    """A child's seed and control bit."""
+    block = hashed(seed, ("left", "right")[side])
+    return bytes([block[0] & 0xFE]) + block[1:], block[0] & 1
+
+
+def levels_of(rows: int, bits: int) -> tuple[int, int]:
+    """Words in a leaf, and levels above the leaves."""
+    each = 128 // bits
+    return each, (-(-rows // each) - 1).bit_length()
+
+
+def point_keys(position: int, rows: int, bits: int, roots: list[bytes]) -> list[bytes]:
+    """The two keys of the function that is 1 at ``position``."""
+    each, levels = levels_of(rows, bits)
+    seeds, told, tail = list(roots), [0, 1], b""
+    for level in range(levels):
+        turn = position // each >> levels - 1 - level & 1
+        grown = [[child(seed, side) for side in (0, 1)] for seed in seeds]
+        correction = xor(grown[0][1 - turn][0], grown[1][1 - turn][0])
+        sides = [grown[0][side][1] ^ grown[1][side][1] ^ (side == turn) for side in (0, 1)]
+        tail += correction + bytes([sides[0] | sides[1] << 1])
+        for b in (0, 1):
+            seed, bit = grown[b][turn]
+            seeds[b] = xor(seed, correction) if told[b] else seed
+            told[b] = bit ^ (told[b] & sides[turn])
+    a, b = (words(hashed(seed, "leaf"), bits) for seed in seeds)
+    one = [int(i == position % each) for i in range(each)]
+    last = [signed((-1 if told[1] else 1) * (w + y - x), bits) for w, x, y in zip(one, a, b, strict=True)]
+    return [
+        root + tail + b"".join(w.to_bytes(bits // 8, "little", signed=True) for w in last) for root in roots
+    ]
+
+
+def point_words(key: bytes, holder: int, rows: int, bits: int) -> list[int]:
+    """What a holder expands its key to."""
+    each, levels = levels_of(rows, bits)
+    last, out = words(key[-16:], bits), list[int]()
+    for leaf in range(-(-rows // each)):
+        seed, told = key[:16], holder
+        for level in range(levels):
+            side = leaf >> levels - 1 - level & 1
+            step = key[16 + 17 * level :][:17]
+            grown, bit = child(seed, side)
+            seed = xor(grown, step[:16]) if told else grown
+            told = bit ^ (told & step[16] >> side & 1)
+        for word, more in zip(words(hashed(seed, "leaf"), bits), last, strict=True):
+            out.append(signed((-1) ** holder * (word + told * more), bits))
+    return out[:rows]
+
+
 class Parties:
     """Streams of the three pairs; parties play the roles of their own numbers."""
 
@@ -173,6 +234,8 @@ def commands() -> list[dict[str, Any]]:
              "path": "mix", "constant": False},
             [],
         ),
+        ({"command": "PutIndex", "handle": "ids", "ring": "Z64", "rows": 30522, "shape": [1, 128],
+          "form": "dpf-aes128-v1"}, []),
         ({"command": "Describe", "model": "digits"}, []),
         (
             {"command": "Load", "name": "unet", "plan": {"model": "digits", "share": RUN.hex(), "plan": "00ff"},
@@ -213,6 +276,21 @@ def shared() -> dict[str, Any]:
         "reals": reals, "frac": 18, "words": text(encoded), "seed0": seeds[0].hex(), "seed1": seeds[1].hex(),
         "component0": text(masks[0]), "component1": text(masks[1]), "component2": text(rest),
     }  # fmt: skip
+
+
+def point() -> list[dict[str, Any]]:
+    """Keys of one number in either ring, and what they expand to."""
+    made, roots = [], [bytes([0x55]) * 16, bytes([0x66]) * 16]
+    for ring, bits, rows, position in (("Z64", 64, 5, 3), ("Z32", 32, 9, 6)):
+        keys = point_keys(position, rows, bits, roots)
+        expanded = [point_words(key, holder, rows, bits) for holder, key in enumerate(keys)]
+        total = [signed(x + y, bits) for x, y in zip(*expanded, strict=True)]
+        assert total == [int(i == position) for i in range(rows)]
+        made.append(
+            {"ring": ring, "rows": rows, "number": position, "root0": roots[0].hex(), "root1": roots[1].hex(),
+             "key0": keys[0].hex(), "key1": keys[1].hex(), "words0": text(expanded[0]), "words1": text(expanded[1])}
+        )  # fmt: skip
+    return made
 
 
 def moves() -> dict[str, Any]:
@@ -262,7 +340,8 @@ def make() -> dict[str, Any]:
             {"key": KEY.hex(), "label": "/a/b|mask", "ring": ring, "words": text(drawn(KEY, "/a/b|mask", 4, bits))}
             for ring, bits in (("Z64", 64), ("Z32", 32), ("B8", 8))
         ],
-        "handshake": handshake(), "command": commands(), "message": message(), "share": shared(), "moves": moves(),
+        "handshake": handshake(), "command": commands(), "message": message(), "share": shared(), "point": point(),
+        "moves": moves(),
     }  # fmt: skip
 
 
@@ -333,6 +412,12 @@ def tables(made: dict[str, Any]) -> dict[str, str]:
             [["reals", _spaced([str(x) for x in made["share"]["reals"]])], ["words", _spaced(made["share"]["words"])],
              ["seed 0, seed 1", f"32 bytes {_code('33')}, 32 bytes {_code('44')}"],
              *[[f"component {i}", _spaced(made["share"][f"component{i}"])] for i in range(3)]],
+        ),
+        "point": _table(
+            "what | " + " | ".join(f"{c['ring']}, {c['rows']} rows, number {c['number']}" for c in made["point"]),
+            [["roots of the first and the second holder", *[f"16 bytes {_code('55')}, 16 bytes {_code('66')}"] * 2],
+             *[[name, *[_code(c[name]) for c in made["point"]]] for name in ("key0", "key1")],
+             *[[name, *[_spaced(c[name]) for c in made["point"]]] for name in ("words0", "words1")]],
         ),
         "moves": _table("four elements | 0 | 1 | 2", rows) + "\n\n"
         + f"x is {_spaced(m['value_x'])}. The truncation by {m['bits']} bits, path `/truncate`:\n\n"

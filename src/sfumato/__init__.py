@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sfumato.diffusion.pipeline import SecurePipeline
     from sfumato.graph.capture import capture
     from sfumato.graph.plan import Plan, make_plan
+    from sfumato.inference.model import SecureModel
     from sfumato.runtime.report import CostReport
     from sfumato.zoo import embedded_path
 
@@ -35,6 +36,7 @@ _LAZY = {
     "Result": "sfumato.api",
     "SecureImg2ImgPipeline": "sfumato.diffusion.image",
     "SecureInpaintPipeline": "sfumato.diffusion.image",
+    "SecureModel": "sfumato.inference.model",
     "SecurePipeline": "sfumato.diffusion.pipeline",
     "capture": "sfumato.graph.capture",
     "deploy": "sfumato.api",
@@ -59,6 +61,7 @@ __all__ = [
     "Result",
     "SecureImg2ImgPipeline",
     "SecureInpaintPipeline",
+    "SecureModel",
     "SecurePipeline",
     "SfumatoError",
     "TypeMismatch",

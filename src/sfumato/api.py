@@ -94,9 +94,8 @@ class Deployment:
         names = {n: handle.name for n, handle in handles.items()}
         temporary = []
         for name, tensor in values.secrets.items():
-            type = self.plan.secret_type(name)
             names[name] = f"in{number}/{name}"
-            self._backend.put(names[name], tensor, type.frac, type.ring)
+            self._backend.put_input(names[name], self.plan, name, tensor)
             temporary.append(names[name])
         outputs = {n: f"out{number}/{n}" for n in self.plan.secret_outputs}
         self._backend.call(_PLAN, f"call{number}", names, values.publics, list(outputs.values()))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["B8", "B64", "Z32", "Z64", "Ring", "Secret", "Shared", "TruncationError"]
+__all__ = ["B8", "B64", "Z32", "Z64", "Index", "Ring", "Secret", "Shared", "SharedIndex", "TruncationError"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,39 @@ class Shared:
     def viewed(self, frac: int) -> Shared:
         """The same words read with other fraction bits: an exact, free multiplication by 2^(old - new)."""
         return Shared(replace(self.type, frac=frac), self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What everybody may know of secret row numbers: how many rows their table has, the ring of the words that pick
+    one, and the shape of the numbers."""
+
+    ring: Ring
+    rows: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"row numbers {list(self.shape)} of {self.rows} in {self.ring}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SharedIndex:
+    """One party's holding of secret row numbers: no words to compute with, but what a look-up needs. ``parts`` are for
+    the protocol alone."""
+
+    type: Index
+    parts: tuple[Tensor, ...]
+
+    def __repr__(self) -> str:
+        return f"SharedIndex({self.type})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from sfumato.protocol import cost, rep3_bits
 from sfumato.protocol.base import Exponential, Protocol, Series, Window
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
-from sfumato.ring import kernels
+from sfumato.ring import dpf, kernels
 from sfumato.ring.planes import to_planes
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulate, simulation_keys
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
 from sfumato.session.session import Session
-from sfumato.types import B8, B64, Z32, Z64, Ring, Secret, Shared
+from sfumato.types import B8, B64, Z32, Z64, Index, Ring, Secret, Shared, SharedIndex
 
 PROTOCOLS: Mapping[str, Protocol] = {"rep3": Rep3(), "rep3-moves": Rep3(fused=False), "plain": Plain()}
 
@@ -121,6 +121,33 @@ async def _matmul(r: Run) -> Shared:
     return await r.p.bilinear(r.s, kernels.matmul, *r.x)
 
 
+def row_numbers(words: Tensor, rows: int) -> Tensor:
+    return words.long() % rows
+
+
+def _look_up(index_ring: Ring | None = None) -> Callable[[Run], Coroutine[Any, Any, Shared]]:
+    async def run(r: Run) -> Shared:
+        rows = r.words[0].shape[0]
+        type = Index(index_ring or r.ring, rows, tuple(r.words[1].shape))
+        if r.s.device == "meta":
+            parts = [
+                r.words[1].new_empty((type.numel, dpf.key_bytes(rows, type.ring)), dtype=torch.uint8)
+            ] * 2
+        else:
+            numbers = row_numbers(r.words[1], rows)
+            parts = [numbers] if r.p.parties == 1 else held_keys(type, numbers, r.s.party)
+        return await r.p.look_up(r.s, r.x[0], SharedIndex(type, tuple(parts)))
+
+    return run
+
+
+def held_keys(type: Index, numbers: Tensor, party: int, seed: int = 3) -> list[Tensor]:
+    """A party's keys of the pairs of its two components; the same pairs at all parties."""
+    draw = np.random.default_rng(seed).bytes
+    pairs = [dpf.make_keys(numbers.reshape(-1), type.rows, type.ring, draw=draw) for _ in range(3)]
+    return [pairs[party][0], pairs[(party + 1) % 3][1]]
+
+
 CONV = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
 
 
@@ -134,6 +161,10 @@ async def _truncate(r: Run) -> Shared:
 
 async def _truncate_wide(r: Run) -> Shared:
     return await r.p.truncate(r.s, r.x[0], 5, ring=Z64)
+
+
+async def _truncate_narrow(r: Run) -> Shared:
+    return await r.p.truncate(r.s, r.x[0], 20, ring=Z32)
 
 
 async def _truncate_nothing(r: Run) -> Shared:
@@ -386,10 +417,22 @@ CASES: tuple[Case, ...] = (
         "conv", _conv, lambda w, r: (kernels.conv(w[0], w[1], **CONV), 0, 0), "bilinear",
         shapes=_fixed((2, 4, 7, 6), (6, 2, 3, 2)), any_shape=False,
     ),
+    Case(
+        "look_up", _look_up(), lambda w, r: (w[0][row_numbers(w[1], 5)], 0, 0), "look_up", bits=(64, 20),
+        shapes=lambda shape: [(5, *shape), (3,)],
+    ),
+    Case(
+        "look_up by wider words", _look_up(Z64), lambda w, r: (w[0][row_numbers(w[1], 7)], 0, 0), "look_up",
+        bits=(64, 20), rings=(Z32,), shapes=lambda shape: [(7, *shape), (2, 1)],
+    ),
     Case("truncate", _truncate, lambda w, r: (w[0], dropped(r), 0), "truncate", _kf, bits=(30,)),
     Case(
         "truncate by nothing", _truncate_nothing, _same, "truncate", lambda r: {"k": r.bits, "f": 0},
         bits=(30,),
+    ),
+    Case(
+        "truncate to Z32", _truncate_narrow, lambda w, r: (w[0], 20, 0), "truncate",
+        lambda r: {"k": 64, "f": 20, "out": 32}, bits=(50,), rings=(Z64,),
     ),
     Case(
         "truncate to Z64", _truncate_wide, lambda w, r: (w[0].long(), 5, 0), "truncate",

@@ -18,13 +18,13 @@ import protocol_suite as suite
 from protocol_suite import CASES, PROTOCOLS, SHAPES, Case
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.protocol import cost, rep3_bits
+from sfumato.protocol import cost, rep3_bits, rep3_look_up
 from sfumato.protocol.base import Protocol, Window
 from sfumato.protocol.plain import Plain
 from sfumato.ring.planes import from_plane, to_planes
 from sfumato.session.drive import simulate
 from sfumato.session.session import Session
-from sfumato.types import B64, Z32, Z64, Ring, Shared
+from sfumato.types import B64, Z32, Z64, Index, Ring, Secret, Shared, SharedIndex
 
 COMBINATIONS = [
     pytest.param(name, case, ring, id=f"{name}-{case}-{ring}")
@@ -87,6 +87,8 @@ def test_value_and_cost(name: str, case: Case, ring: Ring) -> None:
         ("share", {"k": 64}, 64, 1),
         ("reveal", {"k": 64}, 192, 1),
         ("bilinear", {"k": 64}, 192, 1),
+        ("look_up", {"k": 64}, 192, 1),
+        ("look_up", {"k": 32}, 96, 1),
         ("bilinear_truncate", {"k": 64, "f": 18}, 3 * 64 + 18 + 2, 3),
         ("bilinear_truncate", {"k": 32, "f": 12}, 110, 3),
         ("linear_truncate", {"k": 64, "f": 18}, 2 * 64 + 18 + 2, 2),
@@ -164,6 +166,51 @@ def test_inject() -> None:
 
     ((whole,),), _ = simulate(twin, parties=1)
     assert torch.equal(whole.parts[0], words.to(torch.int32))
+
+
+# ---- look_up -----------------------------------------------------------------------------------------------
+
+
+def looked_up(table: torch.Tensor, numbers: torch.Tensor, ring: Ring) -> torch.Tensor:
+    p, parts = PROTOCOLS["rep3"], suite.components(table, ring, 8)
+    type = Index(ring, table.shape[0], tuple(numbers.shape))
+
+    async def main(s: Session) -> Shared:
+        at = SharedIndex(type, tuple(suite.held_keys(type, numbers, s.party)))
+        return await p.look_up(s, suite.shares(p, s.party, parts, ring, 7), at)
+
+    outputs, _ = simulate(main)
+    return suite.combine(p, outputs)
+
+
+@pytest.mark.parametrize("ring", [Z64, Z32], ids=str)
+def test_every_row_of_a_table_is_found(ring: Ring) -> None:
+    table = suite._words(np.random.default_rng(2), ring.bits, ring, (77, 3))
+    for numbers in (torch.arange(77), torch.arange(77).flip(0).reshape(7, 11)):
+        assert torch.equal(looked_up(table, numbers, ring), table[numbers])
+
+
+def test_a_look_up_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, numbers = torch.arange(50 * 4).reshape(50, 4), torch.tensor([49, 0, 7, 7, 31])
+    monkeypatch.setattr(rep3_look_up, "WORDS_AT_ONCE", 101)
+    assert torch.equal(looked_up(table, numbers, Z64), table[numbers])
+
+
+@pytest.mark.parametrize("name", ["rep3", "plain"])
+@pytest.mark.parametrize(
+    ("table", "ring"), [(Secret(Z64, 0, (6, 2)), Z64), (Secret(Z64, 0, (5, 2)), Z32), (Secret(B64, 0, (5,)), Z64)],
+    ids=str,
+)  # fmt: skip
+def test_row_numbers_fit_one_table(name: str, table: Secret, ring: Ring) -> None:
+    """Other rows, a ring that is too narrow, bits."""
+    p = PROTOCOLS[name]
+    at = SharedIndex(Index(ring, 5, (1,)), (torch.zeros(1, dtype=torch.int64),) * 2)
+
+    async def main(s: Session) -> Shared:
+        return await p.look_up(s, Shared(table, (torch.zeros(table.shape, dtype=table.ring.dtype),) * 2), at)
+
+    with pytest.raises(TypeMismatch, match="do not pick rows of a table"):
+        simulate(main, parties=p.parties)
 
 
 # ---- truncation --------------------------------------------------------------------------------------------
@@ -276,7 +323,7 @@ def test_truncations_that_make_no_sense_are_refused(name: str) -> None:
     for bits, ring, source in (
         (64, None, Z64),
         (-1, None, Z64),
-        (1, Z32, Z64),
+        (33, Z32, Z64),
         (1, None, B64),
         (1, B64, Z64),
     ):

@@ -19,6 +19,7 @@ from sfumato.link.frames import HEADER_BYTES, pack_header, parse_header
 from sfumato.link.memory import memory_links
 from sfumato.link.preamble import PREAMBLE_BYTES, Preamble, preamble
 from sfumato.protocol.rep3 import Rep3
+from sfumato.ring import dpf
 from sfumato.ring.fixed import encode
 from sfumato.ring.pack import pack, unpack
 from sfumato.ring.prg import stream_words
@@ -32,6 +33,7 @@ from sfumato.runtime.commands import (
     Describe,
     Load,
     Put,
+    PutIndex,
     Reveal,
     Term,
     WeightsSpec,
@@ -148,6 +150,7 @@ COMMANDS: list[tuple[Command, list[Tensor]]] = [
     (Put("x", "Z64", 18, (2, 3)), []),
     (Call("unet", "step0", {"sample": "x"}, {"t": torch.tensor([0.5, -2.0])}, ("y",)), []),
     (Affine("z", (Term("x", 3), Term("y", -1, 0, 2)), 24, "mix"), []),
+    (PutIndex("ids", "Z64", 30522, (1, 128), "dpf-aes128-v1"), []),
     (Describe("digits"), []),
     (
         Load(
@@ -177,6 +180,18 @@ def test_shares_of_a_client() -> None:
     masks = [stream_words(bytes.fromhex(case[f"seed{i}"]), "put", Z64, (3,)) for i in range(2)]
     for i, component in enumerate(Rep3.split(encoded, Z64, masks)):
         assert torch.equal(component, words(case[f"component{i}"]))
+
+
+@pytest.mark.parametrize("case", VECTORS["point"], ids=lambda case: case["ring"])
+def test_keys_of_row_numbers(case: dict[str, Any]) -> None:
+    ring, rows = Ring.named(case["ring"]), case["rows"]
+    roots = bytes.fromhex(case["root0"] + case["root1"])
+    keys = dpf.make_keys(torch.tensor([case["number"]]), rows, ring, draw=lambda size: roots[:size])
+    for i, key in enumerate(keys):
+        assert key.numpy().tobytes().hex() == case[f"key{i}"]
+        assert torch.equal(
+            dpf.expand(key, rows, ring, first=i == 0)[0], words(case[f"words{i}"]).to(ring.dtype)
+        )
 
 
 class Recorder:

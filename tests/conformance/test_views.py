@@ -30,12 +30,13 @@ import protocol_suite as suite
 from protocol_suite import CASES, PROTOCOLS, Case
 
 from sfumato.link.base import Frame
+from sfumato.ring import dpf
 from sfumato.ring.pack import unpack
 from sfumato.ring.prg import stream_words
 from sfumato.session.drive import LockstepLink, simulate, simulation_keys
 from sfumato.session.randomness import PairStreams
 from sfumato.session.session import PACKED, Session
-from sfumato.types import B8, B64, Z32, Z64, Ring, Shared
+from sfumato.types import B8, B64, Z32, Z64, Index, Ring, Shared
 
 N = 4096
 SIGMAS = 6.5
@@ -420,6 +421,44 @@ def test_summands_for_a_client_say_nothing_but_their_sum(ring: Ring) -> None:
         for i in range(3):
             two = [_bit_rows(summands[j].numpy().tobytes(), ring.bits) for j in (i, (i + 1) % 3)]
             assert complaints(np.concatenate(two)) == []
+
+
+def key_bits(keys: Tensor, rows: int, ring: Ring) -> NDArray[np.bool_]:
+    """Bits of N keys, a row per bit, without those that every key has alike: the lowest bit of a correction of seeds,
+    and the six upper ones of a byte of control bits."""
+    bits = np.unpackbits(keys.numpy(), axis=1, bitorder="little").T.astype(bool)
+    levels = (dpf.key_bytes(rows, ring) - 32) // 17
+    starts = [16 + 17 * level for level in range(levels)]
+    fixed = [8 * start for start in starts]
+    fixed += [8 * (start + 16) + i for start in starts for i in range(2, 8)]
+    assert not bits[fixed].any()
+    return np.delete(bits, fixed, 0)
+
+
+@pytest.mark.parametrize("ring", [Z64, Z32], ids=str)
+def test_keys_say_nothing_of_the_number(ring: Ring) -> None:
+    """Both keys that a party gets are uniform, whatever the number, and of one distribution for any two."""
+    rows = 9
+    for party in range(3):
+        told = []
+        for number in (0, 8):
+            type = Index(ring, rows, (N,))
+            held = suite.held_keys(type, torch.full((N,), number), party, seed=number)
+            seen = np.concatenate([key_bits(keys, rows, ring) for keys in held])
+            assert complaints(seen) == [], f"party {party}, number {number}"
+            told.append(seen.mean(1))
+        assert (np.abs(told[0] - told[1]) < SIGMAS * (0.5 / N) ** 0.5).all()
+
+
+def test_the_two_keys_of_one_pair_would_say_it() -> None:
+    """The checker's power: who held both keys of a pair would see; so no party does."""
+    first, second = dpf.make_keys(
+        torch.zeros(N, dtype=torch.int64), 9, Z64, draw=np.random.default_rng(1).bytes
+    )
+    both = np.concatenate([key_bits(keys, 9, Z64) for keys in (first, second)])
+    assert "depend on each other" in complaints(both)[0]
+    one_seed, _ = dpf.make_keys(torch.zeros(N, dtype=torch.int64), 9, Z64, draw=lambda size: bytes(size))
+    assert "not uniform" in complaints(key_bits(one_seed, 9, Z64))[0]
 
 
 def test_a_party_without_the_key_cannot_draw() -> None:

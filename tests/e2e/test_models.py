@@ -19,10 +19,12 @@ from sfumato.graph.plan import Plan, client_side, load_side, make_plan
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
+from sfumato.ring import dpf
 from sfumato.ring.fixed import decode, encode
+from sfumato.runtime.components import index_keys, split_index
 from sfumato.session.drive import simulate
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Shared, SharedIndex
 
 PROTOCOLS: dict[str, type[Protocol]] = {"plain": Plain, "rep3": Rep3}
 IDS = torch.tensor([[48, 3, 5, 7, 49, 49]])
@@ -34,11 +36,20 @@ def run(plan: Plan, protocol: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     received = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     call, load = client_side(plan, args, kwargs), load_side(plan)
     kind = PROTOCOLS[protocol]
+    indices = {name: received.index_type(name) for name in call.secrets}
+    keys = {
+        name: split_index(call.secrets[name], index) for name, index in indices.items() if index is not None
+    }
 
     async def main(session: Session) -> list[Tensor | None]:
         moves = kind()
 
-        async def share(name: str, value: Tensor) -> Shared:
+        async def share(name: str, value: Tensor) -> Shared | SharedIndex:
+            index = received.index_type(name)
+            if index is not None:
+                if kind.parties == 1:
+                    return SharedIndex(index, (value,))
+                return SharedIndex(index, index_keys(index, name, dpf.ALGORITHM, *keys[name][session.party]))
             type = received.secret_type(name)
             words = encode(value, type.ring, type.frac) if session.party == 0 else None
             return await moves.share(session.fork(f"share {name}"), words, 0, type)

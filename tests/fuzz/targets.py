@@ -29,6 +29,7 @@ from sfumato.link.frames import (
 )
 from sfumato.link.memory import memory_links
 from sfumato.link.tls import LinkLimits
+from sfumato.ring import dpf
 from sfumato.runtime import handshake
 from sfumato.runtime.cluster import Cluster, Member
 from sfumato.runtime.commands import (
@@ -39,6 +40,7 @@ from sfumato.runtime.commands import (
     Drop,
     Load,
     Put,
+    PutIndex,
     Reveal,
     Stats,
     Term,
@@ -52,6 +54,7 @@ from sfumato.runtime.machine import PartyMachine
 from sfumato.runtime.wire import Parts, pack_message, read_message
 from sfumato.session.drive import LockstepLink, Scheduler, lockstep, simulation_keys
 from sfumato.session.randomness import PairStreams
+from sfumato.types import Z64
 
 __all__ = ["TARGETS", "seeds"]
 
@@ -289,7 +292,8 @@ def _cut(parts: Parts) -> bytes:
 
 def _commands() -> list[Command]:
     return [
-        Put("x", "Z64", 18, (4,)), Call("model", "call0", {"x": "x"}, {}, ("y",), "y:samples"),
+        Put("x", "Z64", 18, (4,)), PutIndex("ids", "Z64", 9, (2,), dpf.ALGORITHM),
+        Call("model", "call0", {"x": "x"}, {}, ("y",), "y:samples"),
         Affine("y", (Term("x", 1 << 24, 0, 2),), 24, "affine0"), Certify("ranges0", (("model", ("y:samples",)),)),
         Reveal("x"), Drop("x"), Stats(), Load("model", _plan().for_parties(), WeightsSpec("public", ())),
     ]  # fmt: skip
@@ -298,6 +302,7 @@ def _commands() -> list[Command]:
 def _story() -> list[tuple[Command, list[torch.Tensor]]]:
     """Load, put, call, certify, open, drop: what a client does, with each command's tensors."""
     plan, x = _plan(), [torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.int64)]
+    keys = torch.zeros((2, 2, dpf.key_bytes(9, Z64)), dtype=torch.uint8)
     weights = load_side(plan).publics
     document = json.loads(json.dumps(plan.for_parties()))
     items = tuple(WeightSpec(n, "Z64", 0, tuple(t.shape)) for n, t in weights.items())
@@ -307,7 +312,8 @@ def _story() -> list[tuple[Command, list[torch.Tensor]]]:
     )
     return [
         (Load("model", document, WeightsSpec("public", items)), list(weights.values())),
-        (Put("x", "Z64", 18, (2, 4)), x), (Call("model", "call0", inputs, {}, outputs, "y:samples"), []),
+        (Put("x", "Z64", 18, (2, 4)), x), (PutIndex("ids", "Z64", 9, (2,), dpf.ALGORITHM), [keys]),
+        (Call("model", "call0", inputs, {}, outputs, "y:samples"), []),
         (Affine("z", (Term("y0", 1 << 24, 0, 1), Term("x", 5, 0, 1)), 24, "affine0"), []),
         (Certify("ranges0", (("model", ("y:samples",)),)), []), (Reveal("z"), []), (Drop("x"), []), (Stats(), []),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from sfumato.shell.cli import app
 
-COMMANDS = ["demo", "generate", "estimate", "party", "cluster", "catalogue"]
+COMMANDS = ["demo", "generate", "classify", "complete", "estimate", "party", "cluster", "catalogue"]
 
 
 def run(*arguments: str) -> Result:
@@ -31,7 +31,17 @@ def test_help_lists_every_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["demo"], ["generate"], ["estimate"], ["party"], ["cluster", "init"], ["catalogue"]]
+    "command",
+    [
+        ["demo"],
+        ["generate"],
+        ["classify"],
+        ["complete"],
+        ["estimate"],
+        ["party"],
+        ["cluster", "init"],
+        ["catalogue"],
+    ],
 )
 def test_each_command_shows_an_example(command: list[str]) -> None:
     result = run(*command, "--help")
@@ -49,6 +59,9 @@ def test_version() -> None:
     ("arguments", "words"),
     [
         (["generate", "a boat", "--model", "./no/such/folder"], "no pipeline folder"),
+        (["classify", "fine", "--model", "./no/such/folder"], "no model folder"),
+        (["complete", "a boat", "--model", "./no/such/folder"], "no model folder"),
+        (["complete", "a boat", "--model", "x", "--report", "no/such/folder/report.json"], "no folder"),
         (["generate", "a boat", "--backend", "fast"], "no backend 'fast'"),
         (["generate", "a boat", "--profile", "quick"], "no profile 'quick'"),
         (["generate", "a boat", "--secret", "all"], "no secret 'all'"),

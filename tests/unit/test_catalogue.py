@@ -62,7 +62,7 @@ def test_every_entry_says_where_it_comes_from() -> None:
 
 def test_profiles_name_entries_of_the_right_function() -> None:
     wanted = {"crypten", "sdu", "puma", "cipherdm", "bumblebee", "iron", "mpcformer", "mpcformer-2relu",
-              "sdu-doubted", "cipherdm-mended",
+              "sdu-doubted", "cipherdm-mended", "ditto",
               "secformer", "shaft", "usg-precise", "usg-loose", "spu"}  # fmt: skip
     assert set(PROFILES) == wanted
     for profile in PROFILES.values():

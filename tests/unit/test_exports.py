@@ -5,6 +5,7 @@ from __future__ import annotations
 import sfumato
 
 PROMISED = {
+    "SecureModel",
     "SecurePipeline",
     "capture",
     "deploy",

@@ -34,11 +34,24 @@ ALLOWED: dict[str, set[str]] = {
     "quality": BASE,
     "dp": BASE | {"zoo"},
     "diffusion": MACHINERY | {"runtime", "zoo"},
+    "inference": MACHINERY | {"runtime"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
     "study": MACHINERY | {"runtime", "zoo", "quality", "diffusion"},
     "ui": MACHINERY | {"runtime", "zoo", "diffusion"},
     "shell": MACHINERY
-    | {"runtime", "api", "bench", "zoo", "dp", "diffusion", "catalogue", "ui", "study", "quality"},
+    | {
+        "runtime",
+        "api",
+        "bench",
+        "zoo",
+        "dp",
+        "diffusion",
+        "inference",
+        "catalogue",
+        "ui",
+        "study",
+        "quality",
+    },
 }
 
 
@@ -63,8 +76,8 @@ RULES = (
     Rule(("torch.export",), "only graph/capture.py captures", only=("graph/capture.py",)),
     Rule(
         ("diffusers", "transformers"),
-        "only diffusion/ and zoo/ know the model libraries, and the catalogue's recorder, which runs models",
-        only=("diffusion/*", "zoo/*", "catalogue/record.py"),
+        "only diffusion/, inference/ and zoo/ know the model libraries, and the catalogue's recorder that runs models",
+        only=("diffusion/*", "inference/*", "zoo/*", "catalogue/record.py"),
     ),
     Rule(("typer", "rich", "click"), "only shell/ talks to a terminal", only=("shell/*",)),
     Rule(("gradio", "fastapi", "uvicorn"), "only ui/ makes pages", only=("ui/*",)),

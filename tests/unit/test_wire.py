@@ -23,6 +23,7 @@ from sfumato.runtime.commands import (
     Drop,
     Load,
     Put,
+    PutIndex,
     Reveal,
     Stats,
     Term,
@@ -170,6 +171,7 @@ COMMANDS: list[Command] = [
     Load("unet", {"model": "house", "share": "ab", "plan": "cd"}, WeightsSpec("model")),
     Describe("house"),
     Put("x", "Z64", 18, (1, 4, 8, 8)),
+    PutIndex("ids", "Z64", 30522, (1, 128), "dpf-aes128-v1"),
     Call("unet", "step/3", {"sample": "x"}, {"b": torch.ones(2), "a": torch.tensor(3)}, ("y", "z")),
     Affine("x", (Term("y", -5, 0, 1), Term("z", 2**63)), 18, "step/3/ddim", torch.arange(4)),
     Affine("x", (Term("y", 1),), 0, "p"),
@@ -242,6 +244,24 @@ def test_a_shared_model_is_loaded_by_name_alone(changes: dict[str, Any]) -> None
 def test_bad_names(handle: str) -> None:
     with pytest.raises(JobError):
         from_message({"command": "Drop", "handle": handle, "common": 0}, [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 0},
+        {"rows": -1},
+        {"rows": 2**48},
+        {"rows": True},
+        {"rows": 1.0},
+        {"ring": "B8"},
+        {"shape": [-1]},
+    ],
+)
+def test_bad_row_numbers(changes: dict[str, Any]) -> None:
+    header, values = to_message(PutIndex("ids", "Z64", 30522, (1, 128), "dpf-aes128-v1"))
+    with pytest.raises(JobError):
+        from_message({**header, **changes}, values)
 
 
 @pytest.mark.parametrize(

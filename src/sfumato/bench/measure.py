@@ -98,8 +98,7 @@ def _runs(
     values = client_side(plan, inputs)
     session.load("case", plan)
     for name, tensor in values.secrets.items():
-        type = plan.secret_type(name)
-        session.put(name, tensor, type.frac, type.ring)
+        session.put_input(name, plan, name, tensor)
     names = {name: name for name in values.secrets}
 
     def call(i: int) -> dict[str, Any]:

@@ -88,6 +88,12 @@ PROFILES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 **_SPU, "exp": "puma.exp", "gelu": "puma.gelu", "silu": "puma.silu", "softmax": "puma.softmax",
             }
         ),
+        "ditto": _profile(
+            **{
+                **_SPU, "exp": "puma.exp", "gelu": "mpcformer.gelu", "reciprocal": "ditto.reciprocal",
+                "softmax": "ditto.softmax",
+            }
+        ),
         "cipherdm": _profile(
             **{
                 **_SPU, "exp": "cipherdm.exp", "silu": "cipherdm.silu", "mish": "cipherdm.mish",

@@ -24,7 +24,7 @@ from sfumato.types import Shared
 
 __all__ = ["Shares", "secure"]
 
-#: Comparisons look at every bit below this one: exact for |x| < 2^29 at 18 fraction bits.
+#: Comparisons look at every bit below this one, exact for |x| < 2^29 at 18 fraction bits; in Z32 at the whole word.
 _WINDOW_BITS = 48
 #: Bits of a public factor 1 / n.
 _DIVISOR_BITS = 24
@@ -110,7 +110,8 @@ class Shares(Machine[Shared]):
         levels = levels.reshape(count, *([1] * len(x.shape)))
         stacked = self._p.linear(lambda part: part.expand(count, *part.shape), x)
         moved = self._p.add_public(self._s, stacked, self._p.encode(stacked, -levels))
-        bits = await self._p.less_than_zero(self._fork("compare"), moved, Window(0, _WINDOW_BITS))
+        window = Window(0, min(_WINDOW_BITS, x.ring.bits))
+        bits = await self._p.less_than_zero(self._fork("compare"), moved, window)
 
         def one(part: Tensor, i: int) -> Tensor:
             return part[i]

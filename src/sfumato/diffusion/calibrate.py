@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sfumato.diffusion.cache import keep, place
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.picture import Picture, blank_like, drawn_like
@@ -21,16 +18,13 @@ from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.request import Prepared
 from sfumato.diffusion.sampling import guided
 from sfumato.diffusion.schedule import KINDS
-from sfumato.errors import CaptureError
-from sfumato.graph.calibrate import Calibration
+from sfumato.graph.kept import place, release
 
 __all__ = [
     "PROMPTS",
     "Trajectories",
     "cache_file",
     "decoder_samples",
-    "load_cached",
-    "save_cached",
     "trajectories",
 ]
 
@@ -239,7 +233,7 @@ def cache_file(
 ) -> Path:
     """Where the ranges of one part of a model (by the digest of its weights) for these settings are kept."""
     own = _of_text(prepared) if part == "text" else _of_denoising(prepared)
-    settings = {"format": _FORMAT, "release": _release(), "weights": weights, **own}
+    settings = {"format": _FORMAT, "release": release(), "weights": weights, **own}
     settings |= {"profile": profile, "secret": secret, "part": part, "prompts": list(prompts)}
     return place("calibration", settings, ".json")
 
@@ -275,24 +269,3 @@ def _cuts(request: Any) -> dict[str, Any]:
     """Cost cuts by which the trajectories differ from those without."""
     given = {"unguided": request.unguided_steps, "reuse": request.reuse_features - 1}
     return {"cuts": given} if any(given.values()) else {}
-
-
-def load_cached(path: Path) -> Calibration | None:
-    """The ranges kept in a file, if it is there and whole."""
-    try:
-        return Calibration.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, CaptureError):
-        return None
-
-
-def save_cached(path: Path, calibration: Calibration) -> None:
-    """Keep ranges; a folder that cannot be written is no error."""
-    text = json.dumps(calibration.to_json())
-    keep(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
-
-
-def _release() -> str:
-    try:
-        return version("sfumato")
-    except PackageNotFoundError:
-        return "source"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import json
 import warnings
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
@@ -31,7 +29,6 @@ __all__ = [
     "load_clip",
     "load_pipeline",
     "own_component",
-    "weights_digest",
     "without_bars",
 ]
 
@@ -192,20 +189,6 @@ def load_clip(path_or_id: str) -> tuple[Any, Any]:
 
     with without_bars():
         return CLIPModel.from_pretrained(path_or_id).float(), AutoTokenizer.from_pretrained(path_or_id)
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """16 hex digits of the modules' configuration and weights."""
-    state = hashlib.blake2b(digest_size=8)
-    for module in modules:
-        config: Any = getattr(module, "config", {})
-        state.update(
-            repr(sorted((config if isinstance(config, dict) else config.to_dict()).items())).encode()
-        )
-        for name, tensor in module.state_dict().items():
-            state.update(name.encode())
-            state.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def _pipeline_class(name: str) -> Any:

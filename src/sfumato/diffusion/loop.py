@@ -254,7 +254,7 @@ class Denoising:
                     self.backend.drop(known[0])
                 self._count += 1
                 handle = f"client{self._count}"
-                self.backend.put(handle, tensor, plan.secret_type(name).frac)
+                self.backend.put_input(handle, plan, name, tensor)
                 known = self._put[way.plan, name] = (handle, tensor)
             inputs[name] = known[0]
         return inputs, values.publics

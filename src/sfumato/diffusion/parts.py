@@ -134,9 +134,8 @@ def encoded(backend: Backend, plan: Plan, ids: Tensor) -> str:
     """The handle of the texts' embeddings: the client shares which tokens they are, and no more."""
     values, inputs = client_side(plan, (ids,)), dict[str, str]()
     for name, tensor in values.secrets.items():
-        kind = plan.secret_type(name)
         inputs[name] = f"text/{name}"
-        backend.put(inputs[name], tensor, kind.frac, kind.ring)
+        backend.put_input(inputs[name], plan, name, tensor)
     backend.call("text", "text", inputs, values.publics, ["embeds"])
     backend.drop(*inputs.values())
     backend.certify("embeds")  # before the steps that they would spoil

@@ -32,7 +32,7 @@ class PlannedNetwork:
         given = client_side(self._plan, (sample,), call_kwargs(timestep.reshape(()), text, None))
         names = {name: f"{name}.{call}" for name in given.secrets}
         for name, tensor in given.secrets.items():
-            self._backend.put(names[name], tensor, self._plan.secret_type(name).frac)
+            self._backend.put_input(names[name], self._plan, name, tensor)
         self._backend.call("unet", call, names, given.publics, [f"output.{call}"])
         output: Tensor = self._backend.reveal(f"output.{call}")
         self._backend.drop(*names.values(), f"output.{call}")

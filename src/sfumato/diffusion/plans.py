@@ -16,19 +16,17 @@ from sfumato.diffusion.calibrate import (
     Trajectories,
     cache_file,
     decoder_samples,
-    load_cached,
-    save_cached,
     trajectories,
 )
 from sfumato.diffusion.cuts import Way, of_plan
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.parts import ImageDecoder, TextEncoder, text_samples
 from sfumato.diffusion.picture import Blend, Clamp
 from sfumato.diffusion.request import Prepared
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
+from sfumato.graph.kept import load_cached, save_cached, weights_digest
 from sfumato.graph.plan import Plan, make_plan
 from sfumato.graph.program import Program
 from sfumato.runtime.backend import Backend

@@ -17,14 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.diffusion.cache import keep, place
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.probe import probe_schedule
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import JobError
+from sfumato.graph.kept import keep, place, weights_digest
 
 __all__ = ["Record", "record"]
 

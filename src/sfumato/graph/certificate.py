@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node
+from sfumato.graph.watches import Watch
 from sfumato.protocol.base import Protocol, Window
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
@@ -41,9 +42,21 @@ _PUBLIC = hashlib.blake2b(b"sfumato certificate positions", digest_size=32).dige
 
 
 def watched(plan: Plan) -> list[str]:
-    """What a certificate of this plan looks at, in its order: names of calls, and ``call.part`` inside calls."""
+    """What a certificate of this plan looks at, in its order: names of calls, and ``call.part`` inside calls. What
+    lives in the narrower ring of a mixed plan comes last."""
     order = {node.name: i for i, node in enumerate(plan.secret_nodes)}
-    return sorted(plan.watches, key=lambda key: (order[key.partition(".")[0]], key))
+    return sorted(plan.watches, key=lambda key: (_is_narrow(plan, key), order[key.partition(".")[0]], key))
+
+
+def _is_narrow(plan: Plan, key: str) -> bool:
+    """Whether this watch looks at words of a ring smaller than the plan's."""
+    watch = plan.watches[key]
+    return (plan.format_of(watch.name).ring if watch.name else watch.ring) != plan.options.ring
+
+
+def _frac(plan: Plan, watch: Watch) -> int:
+    """Fraction bits of what a watch looks at."""
+    return plan.format_of(watch.name).frac if watch.frac < 0 else watch.frac
 
 
 def sample_count(plan: Plan) -> int:
@@ -52,19 +65,16 @@ def sample_count(plan: Plan) -> int:
 
 
 class Taken(NamedTuple):
-    """What one run left: all samples in a row, shifted as :func:`window` says, and how many belong to each watch."""
+    """What one run left: all samples in a row, those of the plan's ring and those of a narrower one, and how many
+    belong to each watch."""
 
-    values: Shared
+    values: tuple[Shared, ...]
     sizes: tuple[int, ...]
 
 
 def _tops(plan: Plan) -> dict[str, int]:
     """By watch: the bits of a word at its bound, in the fraction bits of the value that it looks at."""
-    frac = plan.options.frac
-    return {
-        key: math.frexp(max(abs(w.lo), abs(w.hi)))[1] + (frac if w.frac < 0 else w.frac)
-        for key, w in plan.watches.items()
-    }
+    return {key: math.frexp(max(abs(w.lo), abs(w.hi)))[1] + _frac(plan, w) for key, w in plan.watches.items()}
 
 
 def window(plan: Plan, ring: Ring, *, every: bool = False) -> Window:
@@ -94,7 +104,7 @@ class Samples:
         watch = self._plan.watches.get(node.name)
         if watch is not None:
             shared: Shared = value(watch.name)
-            self._found[node.name] = self._picked(node.name, shared, self._plan.options.frac)
+            self._found[node.name] = self._picked(node.name, shared, _frac(self._plan, watch))
 
     def look_inside(self, node: Node, part: str, value: Shared) -> None:
         """Keep elements of a value inside a call; where it comes in blocks, each sample is from any of them."""
@@ -134,16 +144,11 @@ class Samples:
 
     def taken(self) -> Taken:
         """All samples of the run, still secret."""
-        tops, frac = _tops(self._plan), self._plan.options.frac
-        highest = max(tops.values())
-        names = watched(self._plan)
-        factors = [1 << min(62, highest - tops[name]) for name in names]
-
-        def joined(*parts: Tensor) -> Tensor:
-            return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)])
-
-        found = [self._found[name].viewed(frac) for name in names]
-        return Taken(self._protocol.linear(joined, *found), tuple(x.type.numel for x in found))
+        frac, groups = self._plan.options.frac, ([], [])  # type: tuple[int, tuple[list[Shared], list[Shared]]]
+        for name in watched(self._plan):
+            groups[_is_narrow(self._plan, name)].append(self._found[name].viewed(frac))
+        rows = (self._protocol.linear(lambda *parts: torch.cat(parts), *group) for group in groups if group)
+        return Taken(tuple(rows), tuple(x.type.numel for group in groups for x in group))
 
 
 async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, Sequence[Taken]]]) -> Shared:
@@ -157,8 +162,8 @@ async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, S
 
 
 async def _counts(p: Protocol, plan: Plan, taken: Sequence[Taken], session: Session) -> Shared:
-    values = p.linear(lambda *parts: torch.cat(parts), *(run.values for run in taken))
     sizes = torch.tensor([size for run in taken for size in run.sizes])
+    values = await _shifted(p, session.fork("rows"), plan, taken, sizes)
     side = window(plan, values.ring, every=values.type.numel > len(taken) * sample_count(plan))
     bounds = _bounds(plan, side).repeat(1, len(taken)).repeat_interleave(sizes, 1)  # (2, elements)
     room = p.linear(lambda part: torch.stack([part, -part]), values)
@@ -175,6 +180,31 @@ async def _counts(p: Protocol, plan: Plan, taken: Sequence[Taken], session: Sess
     return p.linear(counted, outside)
 
 
+async def _shifted(p: Protocol, s: Session, plan: Plan, taken: Sequence[Taken], sizes: Tensor) -> Shared:
+    """All samples in the plan's ring, run by run, shifted up as :func:`window` says. Those of a narrower ring are cast:
+    2 rounds and 162 bits each."""
+    tops = _tops(plan)
+    highest = max(tops.values())
+    shifts = torch.tensor([min(62, highest - tops[name]) for name in watched(plan)])
+    rows = [list(run.values) for run in taken]
+    narrow = [row[-1] for row in rows if len(row) > 1 or _is_narrow(plan, watched(plan)[0])]
+    if narrow:
+        wide = await p.cast(
+            s, p.linear(lambda *parts: torch.cat(parts), *narrow), Ring.named(plan.options.ring)
+        )
+        for i, row in enumerate(rows):
+            row[-1] = _piece(p, wide, i, row[-1].type.numel)
+    words = shifts.repeat(len(taken)).repeat_interleave(sizes)
+    return p.linear(
+        lambda *parts: torch.cat(parts) << words.to(device=parts[0].device, dtype=parts[0].dtype),
+        *(x for row in rows for x in row),
+    )
+
+
+def _piece(p: Protocol, x: Shared, i: int, size: int) -> Shared:
+    return p.linear(lambda part: part[i * size : (i + 1) * size], x)
+
+
 def _bounds(plan: Plan, side: Window) -> Tensor:
     """(-lo, hi) of every watch, in the units of the shifted samples and with room for rounding and for what the window
     does not tell from a negative number: (2, watches)."""
@@ -183,7 +213,7 @@ def _bounds(plan: Plan, side: Window) -> Tensor:
     ends = []
     for name in names:
         watch = plan.watches[name]
-        own = frac if watch.frac < 0 else watch.frac
+        own = _frac(plan, watch)
         scale = math.ldexp(1.0, own - frac + highest - tops[name])
         more = math.ldexp(_ROUNDING, -own) * scale + math.ldexp(1.0, side.shift - frac)
         ends.append([more - watch.lo * scale, watch.hi * scale + more])

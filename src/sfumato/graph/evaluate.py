@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.errors import CaptureError
+from sfumato.errors import CaptureError, JobError
 from sfumato.graph.program import Node, map_refs
+from sfumato.ops.attention import FORBIDDEN, score_masks
 
 __all__ = ["call", "evaluate", "resolve"]
 
@@ -89,9 +90,28 @@ def _one_hot(ids: Tensor, size: int) -> Tensor:
 
 def _positions_one_hot(indices: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
     """Rows that pick ``x[indices]`` out of x's leading axes ``shape``, flattened: (n, prod(shape))."""
-    size = math.prod(shape)
-    flat = torch.arange(size).reshape(tuple(shape))[tuple(indices)]
-    return _one_hot(flat.reshape(-1), size)
+    return _one_hot(_row_positions(indices, shape), math.prod(shape))
+
+
+def _row_numbers(ids: Tensor, size: int) -> Tensor:
+    """ids (...) as int64.
+
+    Raises:
+        JobError: an id is no row of a table of ``size`` rows.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise JobError(f"an id lies outside the {size} rows of its table; use ids from 0 to {size - 1}")
+    return ids.to(torch.int64)
+
+
+def _row_positions(indices: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+    """Places of ``x[indices]`` among x's leading axes ``shape``, flattened: (n,)."""
+    return torch.arange(math.prod(shape)).reshape(tuple(shape))[tuple(indices)].reshape(-1)
+
+
+def _look_up(numbers: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table (rows, ...)."""
+    return table[numbers]
 
 
 def _resample_matrix(target: str, size: tuple[int, ...], args: tuple[Any, ...]) -> Tensor:
@@ -128,6 +148,35 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _same(x: Tensor, ring: str, frac: int) -> Tensor:
+    """A change of words: no reals change."""
+    return x
+
+
+def _masked_scores(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scores (..., L, S) plus a finite additive mask; what a mask forbids becomes :data:`FORBIDDEN`."""
+    allowed, bias = score_masks((scores.shape[-2], scores.shape[-1]), mask, causal)
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    return scores if allowed is None else torch.where(allowed, scores, FORBIDDEN)
+
+
+def _argmax_one_hot(x: Tensor, dim: int) -> Tensor:
+    """1 where x is largest along ``dim``, at the first such place."""
+    places = x.argmax(dim, keepdim=True)
+    return torch.zeros_like(x).scatter(dim, places, 1.0)
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, enable_gqa: bool = False
+) -> Tensor:
+    """Attention where ``mask`` is 1."""
+    return F.scaled_dot_product_attention(q, k, v, mask > 0.5, scale=scale, enable_gqa=enable_gqa)
+
+
+def _quad(x: Tensor) -> Tensor:
+    return 0.125 * x * x + 0.25 * x + 0.5
+
+
 def _getitem(values: Any, index: int) -> Tensor:
     found: Tensor = operator.getitem(values, index)
     return found
@@ -135,11 +184,20 @@ def _getitem(values: Any, index: int) -> Tensor:
 
 _OURS: dict[str, Callable[..., Any]] = {
     "aten.getitem.int": _getitem,
+    "sfumato.argmax_one_hot": _argmax_one_hot,
+    "sfumato.masked_attention": _masked_attention,
     "sfumato.one_hot": _one_hot,
     "sfumato.positions_one_hot": _positions_one_hot,
+    "sfumato.row_numbers": _row_numbers,
+    "sfumato.row_positions": _row_positions,
+    "sfumato.look_up": _look_up,
     "sfumato.quick_gelu": _quick_gelu,
+    "sfumato.quad": _quad,
     "sfumato.resample_matrix": _resample_matrix,
     "sfumato.to_float": _to_float,
+    "sfumato.shorten": _same,
+    "sfumato.widen": _same,
+    "sfumato.masked_scores": _masked_scores,
     "sfumato.norm_scale": _norm_scale,
     "sfumato.norm_shift": _norm_shift,
     "sfumato.scale_rows": _scale_rows,

@@ -16,7 +16,7 @@ from sfumato.graph.program import Node, map_refs
 from sfumato.graph.published import run_entry
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Shared, SharedIndex
 
 __all__ = ["execute"]
 
@@ -25,7 +25,7 @@ async def execute(
     protocol: Protocol,
     session: Session,
     plan: Plan,
-    secrets: Mapping[str, Shared],
+    secrets: Mapping[str, Shared | SharedIndex],
     publics: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | Mapping[str, Shared],
     *,
@@ -53,7 +53,8 @@ async def execute(
     context = Context(protocol, plan.options, plan.choices, look)
     nodes, order = plan.secret_nodes, plan.order
     for g, group in enumerate(order.groups):
-        branches = [partial(_run, context, nodes[i], order.turns[i], value) for i in group]
+        branches = [partial(_run, context.at(plan.options_of(nodes[i].name)), nodes[i], order.turns[i], value)
+                    for i in group]  # fmt: skip
         if len(branches) == 1:
             outs = [await branches[0](session)]
         else:

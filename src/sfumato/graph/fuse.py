@@ -118,6 +118,7 @@ _CUBE = _add(_X, _mul(_Call("pow.Tensor_Scalar", (_X, 3)), 0.044715))
 _TANH = _add(_Call("tanh.default", (_mul(_CUBE, math.sqrt(2 / math.pi)),)), 1)
 _ERF = _add(_Call("erf.default", (_mul(_X, math.sqrt(0.5)),)), 1)
 _ERF_BY_DIVISION = _add(_Call("erf.default", (_Call("div.Tensor", (_X, math.sqrt(2))),)), 1)
+_QUAD = _add(_add(_mul(_mul(_X, 0.125), _X), _mul(_X, 0.25)), 0.5)
 _MEAN_SQUARE = _Call("mean.dim", (_Call("pow.Tensor_Scalar", (_X, 2)), (-1,), True))
 _RMS = _mul(_X, _Call("rsqrt.default", (_add(_MEAN_SQUARE, _Any("eps", "number")),)))
 
@@ -129,6 +130,15 @@ def _rms_norm(
     if weight is not None and program.types[weight.name][0] != width:
         return None
     return "aten.rms_norm.default", (bound["x"], width, weight, bound["eps"]), {}
+
+
+def _argmax_one_hot(
+    program: Program, node: Node, bound: dict[str, Arg]
+) -> tuple[str, tuple[Arg, ...], dict[str, Arg]] | None:
+    shape = program.types[bound["x"].name][0]
+    if bound["dim"] % len(shape) != len(shape) - 1 or node.shape != shape:
+        return None
+    return "sfumato.argmax_one_hot", (bound["x"], -1), {}
 
 
 def _eager_attention(product: str) -> Iterator[Pattern]:
@@ -164,10 +174,18 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern("gelu, tanh form, half last", _mul(_mul(_X, _TANH), 0.5), _gelu("tanh")),
     Pattern("gelu", _mul(_mul(_X, 0.5), _ERF), _gelu("none")),
     Pattern("gelu, by division", _mul(_mul(_X, 0.5), _ERF_BY_DIVISION), _gelu("none")),
+    Pattern("quadratic in place of gelu", _QUAD, _to("sfumato.quad")),
     Pattern("quick gelu", _mul(_X, _Call("sigmoid.default", (_mul(_X, 1.702),))), _to("sfumato.quick_gelu")),
     Pattern("silu", _mul(_X, _Call("sigmoid.default", (_X,))), _to("aten.silu.default")),
     Pattern(
         "mish", _mul(_X, _Call("tanh.default", (_Call("softplus.default", (_X,)),))), _to("aten.mish.default")
+    ),
+    Pattern(
+        "one-hot of an argmax",
+        _Call(
+            "to.dtype", (_Call("one_hot.default", (_Call("argmax.default", (_X, _Any("dim", "number"))),)),)
+        ),
+        _argmax_one_hot,
     ),
     Pattern("rms norm with weight", _mul(_Any("weight"), _RMS), _rms_norm),
     Pattern("rms norm", _RMS, _rms_norm),

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sfumato.graph.look_up import LOOK_UP
 from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, Ref
 from sfumato.ops.tiles import DEFAULT_TILES
+from sfumato.protocol.rep3_look_up import WORDS_AT_ONCE
 
 __all__ = ["BASE", "peak_memory"]
 
@@ -47,6 +49,9 @@ def _working(plan: Plan, node: Node) -> int:
         scores = math.prod(shapes[0][1][:-1]) * shapes[1][1][-2]
         block = min(scores, DEFAULT_TILES.scores)
         return block * _WORD * _MOVE + _dealt(choice.get("plan", {}), block) + out * _WORD * 2
+    if node.target == LOOK_UP:
+        picked = math.prod(shapes[0][1]) * shapes[1][1][0]  # one-hot words, expanded in blocks
+        return 2 * min(picked, WORDS_AT_ONCE) * _WORD + out * _WORD * _MOVE
     held = sum(_WORD * math.prod(shape) for name, shape in shapes if plan.places[name] is Place.PUBLIC)
     return held + min(out, 3 * DEFAULT_TILES.elements) * _WORD * _MOVE + _dealt(choice.get("plan", {}), out)
 

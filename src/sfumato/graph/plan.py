@@ -14,20 +14,24 @@ from torch import Tensor
 from sfumato.errors import CaptureError, JobError
 from sfumato.graph.calibrate import Calibration, calibrate
 from sfumato.graph.evaluate import evaluate
+from sfumato.graph.expand import expand_attention
+from sfumato.graph.formats import Format, Formats, formats_from_json, formats_to_json, options_at
 from sfumato.graph.fuse import fuse
 from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.look_up import index_problems, is_index, rows_of
 from sfumato.graph.order import Order, ordered
 from sfumato.graph.places import Place, Placed, place
 from sfumato.graph.program import Node, Program, digest_of
-from sfumato.graph.published import PAPERS, entry_choice, methods_of, note_of
+from sfumato.graph.published import PAPERS, QUAD, as_quad, entry_choice, methods_of, note_of
+from sfumato.graph.quantize import SCHEMES, Scheme, quantize
 from sfumato.graph.summary import grouped, table_text
 from sfumato.graph.tails import FEW_RUNS
 from sfumato.graph.watches import SLACK, Watch, watch_calls
-from sfumato.types import Ring, Secret
+from sfumato.types import Index, Ring, Secret
 
 __all__ = ["PROFILES", "ClientValues", "LoadValues", "Plan", "client_side", "load_side", "make_plan"]
 
-FORMAT = 3
+FORMAT = 4
 #: Named error budgets; the numeric handlers read the name. Profiles of papers come later.
 PROFILES = ("precise", "fast", *PAPERS)
 _MARGIN, _WIDE_MARGIN = 1.25, 1.5
@@ -60,6 +64,7 @@ class Plan:
     choices: Mapping[str, Mapping[str, Any]]
     options: Options
     watches: Mapping[str, Watch] = field(default_factory=dict)
+    formats: Formats = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     notes: tuple[str, ...] = ()
 
@@ -115,7 +120,23 @@ class Plan:
         shape, _ = self.program.types[name]
         node = self._by_name.get(name)
         whole = node is not None and node.target in _WHOLE_TARGETS
-        return Secret(Ring.named(self.options.ring), 0 if whole else self.options.frac, shape)
+        ring, frac = self.format_of(name)
+        return Secret(Ring.named(ring), 0 if whole else frac, shape)
+
+    def format_of(self, name: str) -> Format:
+        """Ring and fraction bits of a secret value."""
+        return self.formats.get(name, Format(self.options.ring, self.options.frac))
+
+    def options_of(self, name: str) -> Options:
+        """The plan's options as the call of this name reads them."""
+        return options_at(self.options, self.format_of(name))
+
+    def index_type(self, name: str) -> Index | None:
+        """What a frontier value is shared as where it holds row numbers; None where it holds words."""
+        node = self._by_name.get(name)
+        if node is None or not is_index(node):
+            return None
+        return Index(Ring.named(self.options.ring), rows_of(node), node.shape)
 
     @cached_property
     def _by_name(self) -> dict[str, Node]:
@@ -143,6 +164,7 @@ class Plan:
             "choices": {n: dict(c) for n, c in self.choices.items()},
             "options": asdict(self.options),
             "watches": {n: list(w) for n, w in self.watches.items()},
+            "formats": formats_to_json(self.formats),
             "calibration": self.calibration.to_json(),
             "notes": list(self.notes),
         }
@@ -169,6 +191,7 @@ class Plan:
                 {str(n): dict(c) for n, c in data["choices"].items()},
                 Options(**data["options"]),
                 {str(n): _watch(row) for n, row in data["watches"].items()},
+                formats_from_json(data["formats"]),
                 Calibration.from_json(data["calibration"]) if "calibration" in data else Calibration(),
                 tuple(data.get("notes", ())),
             )
@@ -178,6 +201,8 @@ class Plan:
             raise CaptureError("this plan does not place every value of its program")
         if {key.partition(".")[0] for key in plan.watches} - {n.name for n in plan.secret_nodes}:
             raise CaptureError("this plan watches a call that the parties do not run")
+        if any(plan.index_type(watch.name) is not None for watch in plan.watches.values()):
+            raise CaptureError("this plan watches row numbers, which are no words")
         try:
             Ring.named(plan.options.ring)
             problems = _problems(Placed(plan.program, plan.places, plan.per_call))
@@ -225,6 +250,8 @@ def make_plan(
     of a trajectory; a `Calibration`, or its JSON. Ranges follow from it by the tail model of docs/design/008.
     ``profile``: an error budget, ``precise`` or ``fast``, or a paper of the catalogue, whose approximations then
     replace ours. ``methods``: single entries of the catalogue by function, ``{"gelu": "puma.gelu"}``.
+    ``ring``: ``"Z64"``, ``"Z32"``, or ``"mixed"``, where each call works in the smaller ring that its range and the
+    profile allow; ``ditto`` mixes by its paper's map, and always.
 
     Raises:
         JobError: an unknown option or argument name.
@@ -235,8 +262,13 @@ def make_plan(
         raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
     published = methods_of(profile, methods or {})
     options = _options(secret, profile, frac, ring, calibration is None)
+    scheme = _scheme(profile, ring)
+    options = replace(options, mixed=scheme is not None)
+    fused = (
+        as_quad(fuse(program)) if published.get("gelu") == QUAD and profile not in PAPERS else fuse(program)
+    )
     placed = place(
-        fuse(program),
+        expand_attention(fused) if scheme is not None and scheme.expand else fused,
         secret=secret,
         public=_names(public),
         client_known=_names(client_known),
@@ -246,26 +278,62 @@ def make_plan(
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
     options = _with_risk(options, measured, calibration is None, notes)
-    choices, problems = {}, []
+    formats: Formats = {}
+    choices, problems = dict[str, Mapping[str, Any]](), []
+    if scheme is not None:
+        mixed = quantize(placed, measured, options, scheme)
+        placed, formats, choices = mixed.placed, mixed.formats, dict(mixed.choices)
+        notes.append(_mixture(placed, formats))
+    common = Format(options.ring, options.frac)
     for node in placed.program.nodes:
         choose = HANDLERS[node.target].choose if placed.places[node.name] is Place.SECRET else None
         replaced = entry_choice(node, published) if choose is not None else None
         if replaced is not None:
             choices[node.name] = replaced
-        elif choose is not None:
+        elif choose is not None and node.name not in choices:
+            own = options_at(options, formats.get(node.name, common))
             try:
-                choices[node.name] = choose(node, measured.of(node), options)
+                choices[node.name] = choose(node, measured.of(node), own)
             except CaptureError as error:
                 problems.append(f"{node.target} at {node.module_path or 'the root'}: {error}")
     _refuse(program.title, problems)
     notes += note_of(profile, published)
-    notes += _headroom(placed, measured, options)
+    notes += _headroom(placed, measured, options, formats)
     if not any(w is Place.SECRET for w in placed.places.values()):
         notes.append(_NOTHING_LEFT)
     notes += _weights_in_clear(placed, secret)
     watches = watch_calls(placed, measured, choices, options)
     return Plan(
-        placed.program, placed.places, placed.per_call, choices, options, watches, measured, tuple(notes)
+        placed.program,
+        placed.places,
+        placed.per_call,
+        choices,
+        options,
+        watches,
+        formats,
+        measured,
+        tuple(notes),
+    )
+
+
+def _scheme(profile: str, ring: str) -> Scheme | None:
+    """How a plan mixes rings, if it does."""
+    found = SCHEMES.get(profile)
+    if ring == "mixed" and found is None:
+        raise JobError(f"the profile {profile} has no mixture of rings; use {', '.join(sorted(SCHEMES))}")
+    return found if ring == "mixed" or (found is not None and found.fixed) else None
+
+
+def _mixture(placed: Placed, formats: Formats) -> str:
+    """A note on how many calls work where."""
+    calls = [n for n in placed.program.nodes if placed.places[n.name] is Place.SECRET]
+    casts = [n for n in calls if n.target in ("sfumato.shorten", "sfumato.widen")]
+    inside = [n for n in calls if not HANDLERS[n.target].local and n.target != "sfumato.widen"]
+    short = [n for n in inside if formats[n.name].ring == "Z32"]
+    up = sum(n.target == "sfumato.widen" for n in casts)
+    return (
+        f"mixed rings: {len(short)} of {len(inside)} interactive calls in Z32; {len(casts) - up} casts down, "
+        f"which are free, and {up} up"
     )
 
 
@@ -291,8 +359,9 @@ def _names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _options(secret: str, profile: str, frac: int, ring: str, guessed: bool) -> Options:
-    if ring not in ("Z64", "Z32"):
-        raise JobError(f"there is no ring {ring!r} for a plan; use 'Z64' or 'Z32'")
+    if ring not in ("Z64", "Z32", "mixed"):
+        raise JobError(f"there is no ring {ring!r} for a plan; use 'Z64', 'Z32' or 'mixed'")
+    ring = "Z32" if ring == "Z32" else "Z64"
     most = 24 if ring == "Z64" else 12
     if not 4 <= frac <= most:
         raise JobError(f"frac must lie between 4 and {most} in {ring}, not {frac}")
@@ -316,8 +385,8 @@ def _with_risk(options: Options, measured: Calibration, guessed: bool, notes: li
 
 
 def _watch(row: Sequence[Any]) -> Watch:
-    name, lo, hi, frac, ranged = row
-    return Watch(str(name), float(lo), float(hi), int(frac), bool(ranged))
+    name, lo, hi, frac, ranged, ring = row
+    return Watch(str(name), float(lo), float(hi), int(frac), bool(ranged), str(Ring.named(ring)))
 
 
 def _problems(placed: Placed) -> list[str]:
@@ -334,6 +403,8 @@ def _problems(placed: Placed) -> list[str]:
         reason = handler.supports(node, _flags(placed, node)) if handler.supports else None
         if reason:
             found.append(f"{where}: {reason}{_remedy(placed, node)}")
+    secret = (n for n in placed.program.nodes if placed.places[n.name] is Place.SECRET)
+    found += index_problems(secret, {n.name: n for n in placed.program.nodes})
     for name in placed.program.output_names:
         if placed.places[name] is Place.OWNER:
             found.append(
@@ -411,13 +482,15 @@ def _example(program: Program) -> dict[str, Tensor]:
     return {i.name: program.examples[i.name].to(i.dtype) for i in program.user_inputs}
 
 
-def _headroom(placed: Placed, measured: Calibration, options: Options) -> list[str]:
-    """A note on how far the largest value is from the ring's end: |x| 2^(2 frac) must stay below 2^(bits - 2)."""
+def _headroom(placed: Placed, measured: Calibration, options: Options, formats: Formats) -> list[str]:
+    """A note on how far the largest value is from the ring's end: |x| 2^(2 frac) must stay below 2^(bits - 2). What a
+    mixed plan has in Z32 was held to its own room."""
+    common = Format(options.ring, options.frac)
     limit = 2.0 ** (Ring.named(options.ring).bits - 2 - 2 * options.frac)
     tops = [
         (measured.of(n).get("hi_out", 0.0), n)
         for n in placed.program.nodes
-        if placed.places[n.name] is Place.SECRET
+        if placed.places[n.name] is Place.SECRET and formats.get(n.name, common).ring == common.ring
     ]
     top, node = max(tops, key=lambda pair: pair[0], default=(0.0, None))
     if node is None:

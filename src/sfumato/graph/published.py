@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sfumato.catalogue import ENTRIES, FUNCTIONS, PROFILES, get
-from sfumato.catalogue.shares import secure
+from sfumato.catalogue.entry import Entry
+from sfumato.catalogue.methods.rows import softmax_shifted
+from sfumato.catalogue.shares import Shares, secure
 from sfumato.errors import JobError, RangeError
 from sfumato.graph.handlers import Context
-from sfumato.graph.handlers.nonlinear_ranges import argument, in_z64, like
-from sfumato.graph.program import Node
+from sfumato.graph.handlers.nonlinear_ranges import argument, in_z64, is_short, like
+from sfumato.graph.program import Node, Program
 from sfumato.ops import basic
-from sfumato.ops.attention import split_mask, turned
+from sfumato.ops.attention import FORBIDDEN, score_masks, turned
+from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Z64, Shared
 
-__all__ = ["PAPERS", "entry_choice", "methods_of", "note_of", "run_entry"]
+__all__ = ["PAPERS", "QUAD", "as_quad", "entry_choice", "methods_of", "note_of", "run_entry"]
 
+#: The quadratic that students of [MPCFormer] and [Ditto] have in place of GELU.
+QUAD = "mpcformer.gelu"
 #: Profiles named after papers.
 PAPERS = tuple(PROFILES)
 #: Functions of the catalogue by target.
@@ -38,8 +43,6 @@ _FUNCTIONS = {
     "aten.scaled_dot_product_attention.default": "softmax",
     "aten.layer_norm.default": "layer_norm", "aten.group_norm.default": "layer_norm",
 }  # fmt: skip
-#: An additive mask that forbids; more would leave the range of the limit exponentials.
-_FORBIDDEN = -100.0
 
 
 def methods_of(profile: str, methods: Mapping[str, str]) -> dict[str, str]:
@@ -82,12 +85,25 @@ def entry_choice(node: Node, methods: Mapping[str, str]) -> dict[str, Any] | Non
     return None if name is None else {"method": name, "entry": name}
 
 
+def as_quad(program: Program) -> Program:
+    """The program with :data:`QUAD` in place of every GELU, as the call that a student which was trained so has: one
+    square where the paper's own form takes a square and a product with constants."""
+    nodes = [
+        replace(n, target="sfumato.quad", args=n.args[:1], kwargs={})
+        if _FUNCTIONS.get(n.target) == "gelu"
+        else n
+        for n in program.nodes
+    ]
+    return replace(program, nodes=tuple(nodes))
+
+
 async def run_entry(
     ctx: Context, s: Session, node: Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Shared:
     """The call by its published method. Rows are normalised by the method; gains and offsets are ours."""
     entry, p = get(str(ctx.choice(node)["entry"])), ctx.protocol
-    x = await in_z64(ctx, s.fork("in"), args[0])
+    narrow = is_short(ctx.options)
+    x = args[0] if narrow else await in_z64(ctx, s.fork("in"), args[0])
 
     async def method(name: str, value: Shared) -> Shared:
         return await secure(p, s.fork(name), value, entry)
@@ -97,13 +113,26 @@ async def run_entry(
     elif entry.function == "softmax":
         axis = int(args[1])
         rows = p.linear(lambda part: part.movedim(axis, -1), x)
-        weights = await method("softmax", rows)
+        weights = await (_mixed_softmax(p, s, rows, entry) if narrow else method("softmax", rows))
         y = p.linear(lambda part: part.movedim(-1, axis), weights)
     elif entry.function == "layer_norm":
         y = await _norm(ctx, s, x, node, args, kwargs, entry)
     else:
         y = await method("method", x)
     return await like(ctx, s.fork("out"), y)
+
+
+async def _mixed_softmax(p: Protocol, s: Session, x: Shared, entry: Entry) -> Shared:
+    """A softmax by the row's maximum that finds it in Z32 and does the rest in Z64, at the entry's fraction bits.
+
+    Source: [Ditto] 2.2: maximum and subtraction before the cast up, the weights cast down (2.3, in its local form).
+    """
+    words = Shares(p, s.fork("max"), x.frac, cut_constants=entry.cut_constants)
+    moved = words.sub(x, words.spread(await words.row_max(x), x))
+    wide = p.lift(await p.cast(s.fork("widen"), moved, Z64), entry.frac)
+    rest = Shares(p, s.fork("weights"), entry.frac, cut_constants=entry.cut_constants)
+    weights: Shared = await softmax_shifted(rest, wide, **entry.options)
+    return p.shorten(s, weights, x.frac)
 
 
 async def _attention(
@@ -114,16 +143,12 @@ async def _attention(
     scale = argument(args, kwargs, 6, "scale")
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     scores = await basic.matmul(p, s.fork("scores"), q, turned(p, k), factor=factor)
-    allowed, bias = None, None
-    mask = argument(args, kwargs, 3, "attn_mask")
-    if isinstance(mask, Tensor):
-        allowed, bias = split_mask(mask)
-    if argument(args, kwargs, 5, "is_causal", False):
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    mask, causal = argument(args, kwargs, 3, "attn_mask"), argument(args, kwargs, 5, "is_causal", False)
+    allowed, bias = score_masks((scores.shape[-2], scores.shape[-1]), mask, bool(causal))
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
     if allowed is not None:
-        forbidden = torch.where(allowed, 0.0, _FORBIDDEN).to(torch.float64).broadcast_to(scores.shape)
+        forbidden = torch.where(allowed, 0.0, FORBIDDEN).to(torch.float64).broadcast_to(scores.shape)
         scores = p.add_public(s, scores, p.encode(scores, forbidden))
     weights = await secure(p, s.fork("softmax"), scores, entry)
     return await basic.matmul(p, s.fork("values"), weights, v)

@@ -1,7 +1,7 @@
 """Forms that must be rewritten once places are known: look-ups by the client's values, and batch norms.
 
-A secret cannot be indexed by a secret, but a product with the client's one-hot rows picks the same rows and
-shows nothing.
+A secret cannot be indexed by a secret, but the client can share its row numbers for a look-up of their own kind, or
+one-hot rows whose product with the table picks the same rows; both show nothing, and the lighter upload is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sfumato.graph.look_up import LOOK_UP, numbers_are_lighter
 from sfumato.graph.program import Arg, Node, Program, Ref, refs_of
 
 __all__ = ["FORMS", "Rewriter"]
@@ -54,6 +55,11 @@ class Rewriter(ABC):
         return None
 
 
+#: What the client shares of ids, and of indices on several axes: row numbers, or one-hot rows.
+_BY_ID = ("sfumato.row_numbers", "sfumato.one_hot")
+_BY_POSITION = ("sfumato.row_positions", "sfumato.positions_one_hot")
+
+
 def _made(like: Node, suffix: str, target: str, args: tuple[Arg, ...], shape: tuple[int, ...]) -> Node:
     return Node(f"{like.name}_{suffix}", target, args, {}, like.module_path, shape, torch.float32)
 
@@ -62,13 +68,23 @@ def _final(like: Node, target: str, args: tuple[Arg, ...]) -> Node:
     return replace(like, target=target, args=args, kwargs={})
 
 
+def _picking(
+    node: Node, numbers: str, one_hot: str, args: tuple[Arg, ...], shape: tuple[int, ...], size: int
+) -> tuple[Node, str]:
+    """What the client shares to pick ``shape`` of ``size`` rows, and the call that takes it as its first operand and
+    the table as its second."""
+    if numbers_are_lighter(size):
+        return replace(_made(node, "rows", numbers, args, shape), dtype=torch.int64), LOOK_UP
+    return _made(node, "rows", one_hot, args, (*shape, size)), "aten.matmul.default"
+
+
 def _embedding(r: Rewriter, node: Node) -> list[Node] | None:
     table, ids = node.args[0], node.args[1]
     if not (r.is_hidden(table.name) and r.is_client(ids.name)):
         return None
     size = r.shape(table)[0]
-    rows = _made(node, "rows", "sfumato.one_hot", (ids, size), (*r.shape(ids), size))
-    return [rows, _final(node, "aten.matmul.default", (Ref(rows.name), table))]
+    rows, pick = _picking(node, *_BY_ID, (ids, size), r.shape(ids), size)
+    return [rows, _final(node, pick, (Ref(rows.name), table))]
 
 
 def _index(r: Rewriter, node: Node) -> list[Node] | None:
@@ -85,9 +101,9 @@ def _index(r: Rewriter, node: Node) -> list[Node] | None:
     leading, rest = shape[: len(used)], shape[len(used) :]
     flat, width = math.prod(leading), math.prod(rest)
     picked = math.prod(node.shape) // max(width, 1)
-    rows = _made(node, "rows", "sfumato.positions_one_hot", (tuple(used), leading), (picked, flat))
+    rows, pick = _picking(node, *_BY_POSITION, (tuple(used), leading), (picked,), flat)
     table = _made(node, "table", "aten.reshape.default", (x, (flat, width)), (flat, width))
-    product = _made(node, "picked", "aten.matmul.default", (Ref(rows.name), Ref(table.name)), (picked, width))
+    product = _made(node, "picked", pick, (Ref(rows.name), Ref(table.name)), (picked, width))
     return [rows, table, product, _final(node, "aten.reshape.default", (Ref(product.name), node.shape))]
 
 
@@ -106,10 +122,8 @@ def _index_select(r: Rewriter, node: Node) -> list[Node] | None:
         (Ref(moved.name), (size, math.prod(rest))),
         (size, math.prod(rest)),
     )
-    rows = _made(node, "rows", "sfumato.one_hot", (ids, size), (count, size))
-    picked = _made(
-        node, "picked", "aten.matmul.default", (Ref(rows.name), Ref(table.name)), (count, math.prod(rest))
-    )
+    rows, pick = _picking(node, *_BY_ID, (ids, size), (count,), size)
+    picked = _made(node, "picked", pick, (Ref(rows.name), Ref(table.name)), (count, math.prod(rest)))
     shaped = _made(node, "shaped", "aten.reshape.default", (Ref(picked.name), (count, *rest)), (count, *rest))
     return [moved, table, rows, picked, shaped, _final(node, "aten.movedim.int", (Ref(shaped.name), 0, dim))]
 
@@ -237,15 +251,52 @@ def _masked(r: Rewriter, node: Node) -> list[Node] | None:
     others = [a for i, a in enumerate(node.args) if i != position]
     if not r.is_client(condition.name) or not any(r.is_hidden(n) for n in refs_of(tuple(others))):
         return None
-    mask = _made(node, "mask", "sfumato.to_float", (condition,), r.shape(condition))
-    args = tuple(Ref(mask.name) if i == position else a for i, a in enumerate(node.args))
-    return [mask, replace(node, args=args)]
+    made, words = _as_words(r, node, condition)
+    args = tuple(words if i == position else a for i, a in enumerate(node.args))
+    return [*made, replace(node, args=args)]
+
+
+def _as_words(r: Rewriter, node: Node, condition: Ref) -> tuple[list[Node], Ref]:
+    """A client's boolean as 0/1, made once however many calls read it."""
+    for known in r.nodes:
+        if known.target == "sfumato.to_float" and known.args == (condition,):
+            return [], Ref(known.name)
+    made = _made(node, "mask", "sfumato.to_float", (condition,), r.shape(condition))
+    return [made], Ref(made.name)
+
+
+def _row_masks(r: Rewriter, node: Node, mask: Ref) -> tuple[list[Node], Ref]:
+    """A client's attention mask as 0/1, made once. A row that forbids everything, of padding, allows everything: what
+    comes of it nobody reads, but a softmax of nothing would leave every range."""
+    for known in r.nodes:
+        if known.target == "aten.any.dim" and known.args == (mask, -1, True):
+            return [], Ref(known.name.removesuffix("_seen") + "_mask")
+    shape = r.shape(mask)
+    seen = replace(_made(node, "seen", "aten.any.dim", (mask, -1, True), (*shape[:-1], 1)), dtype=torch.bool)
+    blind = replace(
+        seen, name=f"{node.name}_blind", target="aten.logical_not.default", args=(Ref(seen.name),)
+    )
+    filled = (mask, Ref(blind.name))
+    rows = replace(_made(node, "rows", "aten.logical_or.default", filled, shape), dtype=torch.bool)
+    words = _made(node, "mask", "sfumato.to_float", (Ref(rows.name),), shape)
+    return [seen, blind, rows, words], Ref(words.name)
 
 
 def _attention(r: Rewriter, node: Node) -> list[Node] | None:
-    """Attention with a secret additive mask (a learnt position bias) as its two products and the softmax."""
+    """Attention with a secret additive mask (a learnt position bias) as its two products and the softmax; with the
+    client's boolean mask as a call of its own."""
     q, k, v, mask = (*node.args, None)[:4]
-    if mask is None or not r.is_hidden(mask.name) or not r.types[mask.name][1].is_floating_point:
+    if mask is None or not (r.is_hidden(mask.name) or r.is_client(mask.name)):
+        return None
+    if r.types[mask.name][1] is torch.bool and r.is_client(mask.name):
+        if not any(r.is_hidden(x.name) for x in (q, k)) or any(node.args[4:6]):
+            return None
+        made, words = _row_masks(r, node, mask)
+        return [
+            *made,
+            replace(node, target="sfumato.masked_attention", args=(q, k, v, words), kwargs=dict(node.kwargs)),
+        ]
+    if not r.types[mask.name][1].is_floating_point or not any(r.is_hidden(x.name) for x in (q, k)):
         return None
     if node.kwargs.get("enable_gqa") or any(node.args[4:6]):
         return None

@@ -21,14 +21,15 @@ Choices = Mapping[str, Mapping[str, Any]]
 
 class Watch(NamedTuple):
     """What is looked at of a call: the value ``name``, or without a name a value inside it, which belongs into
-    [lo, hi] and has ``frac`` fraction bits (-1: those of the plan). ``ranged``: it was planned for that range; else the
-    bound is a wide one on a result that has no range of its own."""
+    [lo, hi] and has ``frac`` fraction bits (-1: those of the value). ``ranged``: it was planned for that range; else
+    the bound is a wide one on a result that has no range of its own. ``ring``: of a value inside a call."""
 
     name: str
     lo: float
     hi: float
     frac: int = -1
     ranged: bool = True
+    ring: str = "Z64"
 
 
 def watch_calls(
@@ -48,18 +49,19 @@ def _watches(
     """The inner values and the argument that a call was planned for; of the others the result, within a wide bound.
 
     A linear call has no range of its own: its result may pass what calibration saw, as long as the ring has room and
-    what consumes it is watched. Nothing of unmeasured calls. Inner values live in Z64.
+    what consumes it is watched. Nothing of unmeasured calls.
     """
     place = int(choice.get("argument", 0))
     first = node.args[place] if place < len(node.args) else None
+    found = {}
     if "inside" in choice and options.ring == "Z64":
-        return {
-            f"{node.name}.{part}": Watch("", float(lo), float(hi), int(frac))
-            for part, (lo, hi, frac) in choice["inside"].items()
-        }
+        for part, (lo, hi, frac, *ring) in choice["inside"].items():
+            found[f"{node.name}.{part}"] = Watch("", float(lo), float(hi), int(frac), True, *ring)
     if "range" in choice and isinstance(first, Ref) and placed.places[first.name] is not Place.PUBLIC:
         lo, hi = choice["range"]
-        return {node.name: Watch(first.name, lo, hi)}
+        found[node.name] = Watch(first.name, lo, hi)
+    if found:
+        return found
     highest = measured.of(node).get("hi_out", 0.0)
     if highest <= 0.0:
         return {}

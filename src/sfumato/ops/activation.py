@@ -131,11 +131,13 @@ def plan_smooth(
     method: str | None = None,
     frac: int = _FRAC,
     usual: tuple[float, float] | None = None,
+    ring_bits: int = 64,
 ) -> SmoothPlan:
     """Fit the function ``name`` of :data:`FUNCTIONS` on [lo, hi]; clamp where that is wider than its tails.
 
     ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|). ``frac``: fraction
-    bits of the argument. ``usual``: where nearly all values lie; beyond it eight times the tolerance will do.
+    bits of the argument, ``ring_bits``: its ring. ``usual``: where nearly all values lie; beyond it eight times the
+    tolerance will do.
 
     Raises:
         RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without
@@ -154,9 +156,9 @@ def plan_smooth(
         and method != "series"
         and (method or known.core or lo < known.tails[0] or hi > known.tails[1])
     ):
-        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac, usual or (lo, hi))
+        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac, usual or (lo, hi), ring_bits)
     if clamped is None or (method is None and known.core is None and max(-lo, hi) <= _WIDEST):
-        series = _fit(known.f, lo, hi, tolerance, frac, usual or (lo, hi))
+        series = _fit(known.f, lo, hi, tolerance, frac, usual or (lo, hi), ring_bits)
         whole = SmoothPlan(name, "series", series, frac=frac)
     plan = whole or clamped
     assert plan is not None
@@ -170,17 +172,23 @@ def plan_smooth(
 
 
 def _fit(
-    f: Function, lo: float, hi: float, tolerance: float, frac: int, usual: tuple[float, float]
+    f: Function,
+    lo: float,
+    hi: float,
+    tolerance: float,
+    frac: int,
+    usual: tuple[float, float],
+    ring_bits: int,
 ) -> Series:
     """A series on [lo, hi]; its ``error`` is that of the usual part."""
     low, high = max(lo, usual[0]), min(hi, usual[1])
     if (low <= lo and high >= hi) or high - low < 0.25 * (hi - lo):
-        return fit_series(f, lo, hi, tolerance=tolerance, frac=frac)
+        return fit_series(f, lo, hi, tolerance=tolerance, frac=frac, ring_bits=ring_bits)
 
     def weight(x: Tensor) -> Tensor:
         return torch.where((x >= low) & (x <= high), 1.0, 1.0 / _RARE)
 
-    series = fit_series(f, lo, hi, tolerance=tolerance, frac=frac, weight=weight)
+    series = fit_series(f, lo, hi, tolerance=tolerance, frac=frac, weight=weight, ring_bits=ring_bits)
     x = torch.linspace(low, high, 2001, dtype=torch.float64)
     return replace(series, error=float((series(x) - f(x)).abs().max()))
 
@@ -193,6 +201,7 @@ def _plan_clamped(
     tolerance: float,
     frac: int,
     usual: tuple[float, float],
+    ring_bits: int,
 ) -> SmoothPlan:
     assert known.tails is not None
     # A side that never reaches its tail is fitted as it is, and never compared.
@@ -203,7 +212,7 @@ def _plan_clamped(
     below, above = lo < low or known.core is not None, hi > high
     # What is clipped comes to lie at the ends.
     often = (low if below else usual[0], high if above else usual[1])
-    series = _fit(known.core or known.f, low, high, tolerance, frac, often)
+    series = _fit(known.core or known.f, low, high, tolerance, frac, often, ring_bits)
     bound = max(abs(lo), abs(hi), abs(low), abs(high))
     return SmoothPlan(name, "clamped", series, below, above, bound, frac)
 

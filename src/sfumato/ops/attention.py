@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.ops.basic import Value, matmul
+from sfumato.ops.basic import Scales, Value, matmul, scale
 from sfumato.ops.compare import band, maximum
 from sfumato.ops.elementary import (
     HEADROOM_BITS,
@@ -31,16 +31,34 @@ from sfumato.ops.elementary import (
 )
 from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, elementwise, narrow, pieces
 from sfumato.protocol.base import Protocol
+from sfumato.ring import kernels
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Z32, Z64, Ring, Shared
 
-__all__ = ["MASKED_BELOW", "SoftmaxPlan", "attention", "plan_softmax", "softmax", "split_mask", "turned"]
+__all__ = [
+    "FORBIDDEN",
+    "MASKED_BELOW",
+    "WEIGHT_FRAC",
+    "SoftmaxPlan",
+    "attention",
+    "plan_softmax",
+    "score_masks",
+    "softmax",
+    "split_mask",
+    "turned",
+]
 
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
+#: What published methods add to a score that is masked: more would leave the range of the limit exponentials.
+FORBIDDEN = -100.0
 #: Most fraction bits that exponentials carry.
 _MOST_CARRIED = 40
 _SCORE_FRAC = 18
+#: Fraction bits of weights in Z32, and of exponentials that become such weights.
+WEIGHT_FRAC, SHORT_CARRIED = 14, 26
+#: Fraction bits of exponentials that are in Z32 themselves, and the longest rows whose sums keep enough digits then.
+NARROW_CARRIED, NARROW_COUNT = 15, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +78,11 @@ class SoftmaxPlan:
     @property
     def bound(self) -> float:
         return max(abs(self.lo), abs(self.hi))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether exponentials fit Z32, for weights there."""
+        return self.exp.frac <= NARROW_CARRIED
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -84,9 +107,11 @@ def plan_softmax(
     frac: int = 18,
     method: str | None = None,
     tolerance: float = 5e-4,
+    short: bool = False,
 ) -> SoftmaxPlan:
     """Plan rows of ``count`` scores in [lo, hi] whose maxima lie in [row_lo, row_hi]; margins are the
-    caller's.
+    caller's. ``short``: for weights in Z32; exponentials are there, too, where rows are short enough and rounding does
+    not show.
 
     Without ``method`` it is ``offset`` if the row with the smallest maximum keeps enough of the ring's bits, else
     ``max``.
@@ -102,9 +127,11 @@ def plan_softmax(
         raise RangeError(f"softmax knows the methods 'offset' and 'max', not {method!r}")
     reach = max(reach, 2.0**-6)
     shape = (count, lo, hi, row_lo, row_hi, reach, frac, tolerance)
+    carried = [NARROW_CARRIED] * (count <= NARROW_COUNT) + [SHORT_CARRIED] if short else [_MOST_CARRIED]
     if method is None:
-        return _offset(*shape) or _planned("max", *shape)
-    return _planned(method, *shape)
+        found = next((plan for most in carried if (plan := _offset(*shape, most))), None)
+        return found or _planned("max", *shape, carried[0])
+    return _planned(method, *shape, carried[-1])
 
 
 def _offset(*shape: float) -> SoftmaxPlan | None:
@@ -125,6 +152,7 @@ def _planned(
     reach: float,
     frac: float,
     tolerance: float,
+    most_carried: float,
     *,
     strict: bool = False,
 ) -> SoftmaxPlan:
@@ -137,15 +165,15 @@ def _planned(
         top, below, offset, spread = slack, hi - lo + slack, 0.0, 0.0
     least, most = math.exp(-spread) / 2, count * math.exp(top)
     # P V, the sum of count exponentials times values, has to stay in the ring.
-    carried = min(_MOST_CARRIED, math.floor(HEADROOM_BITS - frac - math.log2(most * max(reach, 1.0))))
+    carried = min(int(most_carried), math.floor(HEADROOM_BITS - frac - math.log2(most * max(reach, 1.0))))
     # Smaller scores need no relative accuracy: their errors add up to a total variation of 2e-3 at most.
     cut = -spread - max(1.0, math.log(150.0 * count * tolerance))
     planned = plan_exp(
         -max(below, 1.0), max(top, 0.01), tolerance=tolerance, frac=int(frac), cut=cut, carried=carried
     )
     # Rounding of 2^-frac at every score: four deviations of a weighted sum, and the total variation of a row.
-    noise = math.exp(spread) * 2.0**-planned.frac
-    if strict and (1.6 * math.sqrt(count) * noise > tolerance or 0.33 * count * noise > 5e-3):
+    noise, variation = math.exp(spread) * 2.0**-planned.frac, max(5e-3, 2.5 * tolerance)
+    if strict and (1.6 * math.sqrt(count) * noise > tolerance or 0.33 * count * noise > variation):
         raise RangeError(f"rows whose maxima differ by {spread:g} need their own maximum subtracted")
     inverse = plan_inverse(1, least, most, tolerance=tolerance / 4)
     return SoftmaxPlan(method, int(count), lo, hi, offset, planned, inverse, reach)
@@ -159,6 +187,16 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
     allowed = mask > MASKED_BELOW
     bias = torch.where(allowed, mask.to(torch.float64), 0.0)
     return (None if bool(allowed.all()) else allowed), (bias if bool((bias != 0).any()) else None)
+
+
+def score_masks(
+    shape: tuple[int, int], mask: Tensor | None, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(allowed or None, finite additive part or None) for scores of ``shape`` (..., L, S), by mask and causality."""
+    allowed, bias = (None, None) if mask is None else split_mask(mask)
+    if causal:
+        allowed = torch.ones(shape, dtype=torch.bool).tril()
+    return allowed, bias
 
 
 async def _weights(
@@ -180,7 +218,7 @@ async def _weights(
     if allowed is not None:
         if allowed.device.type != "meta" and not bool(allowed.expand(x.shape).any(-1).all()):
             raise RangeError("a row of scores is masked entirely; softmax of nothing is undefined")
-        keep = allowed.to(x.ring.dtype)
+        keep = allowed.to(torch.int32)
         # Masked scores become the smallest planned one, so that no range is left.
         filler = p.encode(x, torch.where(allowed, 0.0, plan.lo))
         x = p.add_public(s, _kept(p, x, keep), filler)
@@ -190,10 +228,10 @@ async def _weights(
         moved = p.sub(x, await maximum(p, s.fork("max"), x, -1, plan.bound))
     if look is not None:
         look("scores", moved)
-    e = await exp(p, s.fork("exp"), moved, plan.exp)
+    e = await exp(p, s.fork("exp"), moved, plan.exp, ring=Z32 if plan.narrow else Z64)
     if keep is not None:
         e = _kept(p, e, keep)
-    total = p.linear(lambda part: part.sum(-1, keepdim=True), e)
+    total = await p.cast(s.fork("total"), p.linear(lambda part: part.sum(-1, keepdim=True), e), Z64)
     if look is not None:
         look("sums", total)
     return e, await inverse(p, s.fork("sum"), total, plan.inverse, frac=frac)
@@ -230,12 +268,14 @@ async def softmax(
     return p.linear(lambda part: part.movedim(-1, axis), y)
 
 
-async def _row_product(p: Protocol, s: Session, x: Shared, row: Shared, bits: int) -> Shared:
-    """x times one value per row, dropping ``bits`` fraction bits."""
+async def _row_product(
+    p: Protocol, s: Session, x: Shared, row: Shared, bits: int, ring: Ring | None = None
+) -> Shared:
+    """x times one value per row, dropping ``bits`` fraction bits, in ``ring`` (default: x's)."""
     wide = p.linear(lambda part: part.expand(x.shape), row)
 
     async def step(child: Session, a: Shared, b: Shared) -> Shared:
-        return await p.bilinear_truncate(child, torch.mul, a, b, bits)
+        return await p.bilinear_truncate(child, torch.mul, a, b, bits, ring=ring)
 
     return await elementwise(p, s, step, x, wide)
 
@@ -252,12 +292,15 @@ async def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     grouped: bool = False,
+    hidden: tuple[Shared, float] | None = None,
     look: Look | None = None,
 ) -> Shared:
     """softmax(q k^T scale + mask) v. q (..., H, L, E), k (..., H, S, E), v (..., H, S, V) -> (..., H, L, V).
 
     ``mask`` is public, bool or additive; entries at or below :data:`MASKED_BELOW` forbid. ``grouped``: k and
-    v have fewer heads, each used for several of q's. k and v (or q) may be public.
+    v have fewer heads, each used for several of q's. k and v (or q) may be public. ``hidden``: a secret mask of 0/1
+    words without fraction bits, and by how much scores are lowered where it is 0, which the plan's range allows for;
+    local. Each row needs a 1.
     Domain: scores in [plan.lo, plan.hi], |v| <= plan.reach. Error: 1e-3 of plan.reach.
     Cost: two matrix products, :func:`softmax`'s exponentials, and one product per output instead of one per
     score.
@@ -276,13 +319,16 @@ async def attention(
         times = q.shape[-3] // k.shape[-3]
         k, v = _repeated(p, k, times), _repeated(p, v, times)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    q, k = await _narrowed(p, s.fork("q"), q), await _narrowed(p, s.fork("k"), k)
-    exponent = math.frexp(abs(factor))[1] - 1
-    if ceil_log2(max(plan.bound, 1.0)) + 2 * min(frac, _SCORE_FRAC) + 15 - exponent > HEADROOM_BITS:
-        raise RangeError(f"scores of {plan.bound:.3g} leave no headroom in the ring; rescale the queries")
-    allowed, bias = (None, None) if mask is None else split_mask(mask)
-    if causal:
-        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    attend = _attend
+    if isinstance(q, Shared) and q.ring == Z32:
+        q, factor = await _rescaled(p, s.fork("q"), q, factor)
+        attend = _attend_short
+    else:
+        q, k = await _narrowed(p, s.fork("q"), q), await _narrowed(p, s.fork("k"), k)
+        exponent = math.frexp(abs(factor))[1] - 1
+        if ceil_log2(max(plan.bound, 1.0)) + 2 * min(frac, _SCORE_FRAC) + 15 - exponent > HEADROOM_BITS:
+            raise RangeError(f"scores of {plan.bound:.3g} leave no headroom in the ring; rescale the queries")
+    allowed, bias = score_masks((q.shape[-2], k.shape[-2]), mask, causal)
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
     shape = (*lead, q.shape[-2], k.shape[-2])
 
@@ -292,13 +338,26 @@ async def attention(
 
         part = narrow(p, q, len(q.shape) - 2, low, high) if isinstance(q, Shared) else q[..., low:high, :]
         masks = cut(bias), cut(allowed)
-        return await _attend(p, child, part, turned(p, k), v, plan, factor, *masks, frac, look)
+        less = None if hidden is None else (_rows(p, hidden[0], low, high), hidden[1])
+        return await attend(p, child, part, turned(p, k), v, plan, factor, *masks, less, frac, look)
 
     bounds = pieces(shape[-2], DEFAULT_TILES.scores // max(1, math.prod(shape) // max(1, shape[-2])))
     if len(bounds) == 1:
         return await rows(s, *bounds[0])
     done = [await rows(s.fork(f"rows{low}"), low, high) for low, high in bounds]
     return concatenate(p, done, len(shape) - 2)
+
+
+def _rows(p: Protocol, mask: Shared, low: int, high: int) -> Shared:
+    """A block of rows of a mask, which may have one row for all."""
+    return mask if mask.shape[-2] == 1 else narrow(p, mask, len(mask.shape) - 2, low, high)
+
+
+def _lowered(p: Protocol, s: Session, scores: Shared, mask: Shared, by: float) -> Shared:
+    """Scores plus (mask - 1) * by. Local."""
+    step = round(by * 2.0**scores.frac)
+    added = p.linear(lambda u, m: u + m.broadcast_to(u.shape) * step, scores, mask, frac=scores.frac)
+    return p.add_public(s, added, p.encode(added, -by))
 
 
 async def _attend(
@@ -311,11 +370,14 @@ async def _attend(
     factor: float,
     bias: Tensor | None,
     allowed: Tensor | None,
+    less: tuple[Shared, float] | None,
     frac: int,
     look: Look | None,
 ) -> Shared:
     """A block of rows: q (..., l, E), k turned (..., E, S), masks of the scores' shape."""
     scores = await matmul(p, s.fork("scores"), q, k, factor=factor)
+    if less is not None:
+        scores = _lowered(p, s, scores, *less)
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
     room = HEADROOM_BITS - plan.exp.frac - ceil_log2(plan.reach) - 1
@@ -323,6 +385,46 @@ async def _attend(
     e, inv = await _weights(p, s.fork("weights"), scores, plan, allowed, kept, look)
     y = await matmul(p, s.fork("values"), e, v)
     return await _row_product(p, s.fork("scale"), y, inv, y.frac + inv.frac - frac)
+
+
+async def _attend_short(
+    p: Protocol,
+    s: Session,
+    q: Value,
+    k: Value,
+    v: Value,
+    plan: SoftmaxPlan,
+    factor: float,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    less: tuple[Shared, float] | None,
+    frac: int,
+    look: Look | None,
+) -> Shared:
+    """The same in Z32 but for the exponentials: weights are divided by their sum before V, in the product that takes
+    them from Z64 to Z32, where no wrap can reach them. ``factor`` is a power of two."""
+    if not (isinstance(q, Shared) and isinstance(k, Shared) and isinstance(v, Shared)):
+        raise TypeMismatch("attention in Z32 needs secret queries, keys and values")
+    bits = q.frac + k.frac - (math.frexp(factor)[1] - 1) - frac
+    scores = (await p.bilinear_truncate(s.fork("scores"), kernels.matmul, q, k, bits)).viewed(frac)
+    if less is not None:
+        scores = _lowered(p, s, scores, *less)
+    if bias is not None:
+        scores = p.add_public(s, scores, p.encode(scores, bias))
+    # From Z64 no more than 32 bits are dropped; in Z32 two are left above the weights.
+    kept = (29 if plan.narrow else 32 + WEIGHT_FRAC) - plan.exp.frac
+    e, inv = await _weights(p, s.fork("weights"), scores, plan, allowed, kept, look)
+    inv = p.shorten(s, inv, kept) if plan.narrow else inv
+    weights = await _row_product(p, s.fork("scale"), e, inv, e.frac + inv.frac - WEIGHT_FRAC, Z32)
+    return await matmul(p, s.fork("values"), weights, v, scales=Scales(frac))
+
+
+async def _rescaled(p: Protocol, s: Session, q: Shared, factor: float) -> tuple[Shared, float]:
+    """q and factor such that the latter is a power of two."""
+    mantissa, exponent = math.frexp(factor)
+    if mantissa == 0.5:
+        return q, factor
+    return await scale(p, s, q, mantissa), math.ldexp(1.0, exponent)
 
 
 async def _narrowed(p: Protocol, s: Session, x: Shared | Tensor) -> Shared | Tensor:

@@ -31,8 +31,10 @@ from sfumato.session.session import Branch, Session
 from sfumato.types import Ring, Shared
 
 __all__ = [
+    "AS_GIVEN",
     "GAIN_FRAC",
     "Conv",
+    "Scales",
     "Short",
     "add",
     "conv",
@@ -176,6 +178,26 @@ class Short:
         return p.shorten(s, x, min(self.left, x.frac)), p.shorten(s, y, min(self.right, y.frac))
 
 
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Fraction bits of a product's result (default: those of its first secret), and of its public operand (default:
+    :func:`gain_frac`)."""
+
+    out: int | None = None
+    gain: int | None = None
+
+    def of(self, x: Shared) -> int:
+        """The result's fraction bits."""
+        return x.frac if self.out is None else self.out
+
+    def gain_of(self, x: Shared) -> int:
+        """The public operand's fraction bits."""
+        return gain_frac(x) if self.gain is None else self.gain
+
+
+AS_GIVEN = Scales()
+
+
 async def matmul(
     p: Protocol,
     s: Session,
@@ -186,19 +208,21 @@ async def matmul(
     plus: Value | None = None,
     tiles: Tiles = DEFAULT_TILES,
     short: Short | None = None,
+    scales: Scales = AS_GIVEN,
 ) -> Shared:
     """factor * (x @ y) (+ plus), batched as in torch, one truncation. x (..., M, K), y (..., K, N).
 
-    ``short``: a product of two secrets is made in Z32 and closed in Z64.
+    ``short``: a product of two secrets is made in Z32 and closed in Z64. ``scales``: of the result and of a public
+    operand.
     ``factor`` is a public number folded into the truncation; ``plus`` (public or secret) broadcasts to the result.
     Raises TypeMismatch when both are public. Split in three along M or N when large.
     """
     if isinstance(x, Shared) and isinstance(y, Shared):
-        return await _tiled_product(p, s, x, y, factor, plus, tiles, short)
+        return await _tiled_product(p, s, x, y, factor, plus, tiles, short, scales)
     if isinstance(x, Shared):
-        return await _public_product(p, s, x, _tensor(y), False, factor, plus, tiles)  # type: ignore[arg-type]
+        return await _public_product(p, s, x, _tensor(y), False, factor, plus, tiles, scales)  # type: ignore[arg-type]
     if isinstance(y, Shared):
-        return await _public_product(p, s, y, _tensor(x), True, factor, plus, tiles)
+        return await _public_product(p, s, y, _tensor(x), True, factor, plus, tiles, scales)
     raise TypeMismatch("matmul needs at least one secret")
 
 
@@ -218,10 +242,11 @@ async def _tiled_product(
     factor: float,
     plus: Value | None,
     tiles: Tiles,
-    short: Short | None = None,
+    short: Short | None,
+    scales: Scales,
 ) -> Shared:
     multiplier, gain = _factor_words(factor)
-    out, ring = x.frac, x.ring
+    out, ring = scales.of(x), x.ring
     if short is not None and factor == 1.0:
         x, y = short(p, s, x, y)
     bits = x.frac + y.frac + gain - out
@@ -290,11 +315,20 @@ def _matmul_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 
 async def _public_product(
-    p: Protocol, s: Session, x: Shared, w: Tensor, left: bool, factor: float, plus: Value | None, tiles: Tiles
+    p: Protocol,
+    s: Session,
+    x: Shared,
+    w: Tensor,
+    left: bool,
+    factor: float,
+    plus: Value | None,
+    tiles: Tiles,
+    scales: Scales,
 ) -> Shared:
     """x @ w, or w @ x when ``left``, for public reals w; factor is folded into w in float64."""
     w = w.to(torch.float64) * factor if factor != 1.0 else w
-    gain = gain_frac(x)
+    gain, out_frac = scales.gain_of(x), scales.of(x)
+    drop = x.frac + gain - out_frac
     shape = _matmul_shape(w.shape, x.shape) if left else _matmul_shape(x.shape, w.shape)
     extra, public = _as_secret_plus(p, s, x, plus, shape)
 
@@ -304,7 +338,7 @@ async def _public_product(
             return kernels.matmul(words, part) if left else kernels.matmul(part, words)
 
         lifted = None if c is None else p.lift(c, x.frac + gain)
-        return p.linear_truncate(child, f, a, gain, shape=out, plus=lifted, gain_frac=gain)
+        return p.linear_truncate(child, f, a, drop, shape=out, plus=lifted, gain_frac=gain)
 
     async def step(child: Session, a: Shared, *c: Shared) -> Shared:
         rest = list(shape)
@@ -339,9 +373,10 @@ async def linear(
     plus: Shared | None = None,
     tiles: Tiles = DEFAULT_TILES,
     short: Short | None = None,
+    scales: Scales = AS_GIVEN,
 ) -> Shared:
-    """x @ w^T + bias (+ plus) with one truncation. x (..., K), w (O, K), bias (O,) -> (..., O). ``short`` as in
-    :func:`matmul`."""
+    """x @ w^T + bias (+ plus) with one truncation. x (..., K), w (O, K), bias (O,) -> (..., O). ``short`` and
+    ``scales`` as in :func:`matmul`."""
     lead = x.shape[:-1]
     rows = p.linear(lambda part: part.reshape(-1, part.shape[-1]), x)
     turned = (
@@ -356,7 +391,14 @@ async def linear(
     elif bias is not None:
         public_bias = bias
     z = await matmul(
-        p, s, rows, turned, plus=addend if addend is not None else public_bias, tiles=tiles, short=short
+        p,
+        s,
+        rows,
+        turned,
+        plus=addend if addend is not None else public_bias,
+        tiles=tiles,
+        short=short,
+        scales=scales,
     )
     if addend is not None and public_bias is not None:
         z = p.add_public(s, z, p.encode(z, public_bias))
@@ -397,9 +439,10 @@ async def conv(
     plus: Shared | None = None,
     tiles: Tiles = DEFAULT_TILES,
     short: Short | None = None,
+    scales: Scales = AS_GIVEN,
 ) -> Shared:
     """Convolution (+ bias + plus) with one truncation. x (N, C, ...), w (O, C / groups, ...) -> (N, O, ...). ``short``
-    as in :func:`matmul`.
+    and ``scales`` as in :func:`matmul`.
 
     Split in three along the output channels when large (never across groups).
     """
@@ -415,7 +458,7 @@ async def conv(
         else:
             public_bias = bias.reshape(1, -1, *([1] * (len(shape) - 2)))
 
-    frac, ring = x.frac, x.ring
+    frac, ring = scales.of(x), x.ring
     if short is not None and isinstance(w, Shared):
         x, w = short(p, s, x, w)
 
@@ -425,13 +468,14 @@ async def conv(
             lifted = None if c is None else _at_scale(p, c, a.frac + kernel.frac, a.ring)
             bits = a.frac + kernel.frac - frac
             return await p.bilinear_truncate(child, geometry, a, kernel, bits, plus=lifted, ring=ring)
-        gain = gain_frac(a)
+        gain = scales.gain_of(a)
         lifted = None if c is None else p.lift(c, a.frac + gain)
 
         def f(part: Tensor) -> Tensor:
             return geometry(part, encode(kernel.to(part.device), a.ring, gain))
 
-        return await p.linear_truncate(child, f, a, gain, shape=out, plus=lifted, gain_frac=gain)
+        drop = a.frac + gain - frac
+        return await p.linear_truncate(child, f, a, drop, shape=out, plus=lifted, gain_frac=gain)
 
     work = math.prod(shape) * math.prod(w.shape[1:])
     if p.parties == 1 or work < tiles.products or geometry.groups > 1 or shape[1] < 3:

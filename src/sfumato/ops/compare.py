@@ -24,6 +24,7 @@ __all__ = [
     "absolute",
     "argmax",
     "band",
+    "brackets",
     "clamp",
     "leaky_relu",
     "less_than_zero",
@@ -31,6 +32,8 @@ __all__ = [
     "maximum",
     "negative_part",
     "overshoots",
+    "played",
+    "pools",
     "relu",
     "select",
     "window",
@@ -209,11 +212,23 @@ def _first(p: Protocol, x: Shared, index: int) -> Shared:
 # ---- maxima ------------------------------------------------------------------------------------------------
 
 
+def brackets(n: int) -> tuple[int, ...]:
+    """How many nearly equal groups of up to four each level of a tournament of n forms: fewest rounds, then fewest
+    bits."""
+    return _brackets(n)[2]
+
+
+def pools(n: int, groups: int) -> list[tuple[int, int, int]]:
+    """(from, to, candidates a group) of the groups that a level of n forms, larger ones first. In a pool, candidate c
+    of the groups is the c-th of as many equal pieces."""
+    size, larger = n // groups, n % groups
+    cut = larger * (size + 1)
+    return [(low, high, count) for low, high, count in ((0, cut, size + 1), (cut, n, size)) if high > low]
+
+
 @cache
 def _brackets(n: int) -> tuple[int, int, tuple[int, ...]]:
-    """Rounds and bits of a tournament of n, and how many nearly equal groups of up to four each level forms:
-    fewest rounds, then fewest bits.
-    """
+    """Rounds and bits of a tournament of n, and its groups by level."""
     if n <= 1:
         return 0, 0, ()
     best: tuple[int, int, tuple[int, ...]] | None = None
@@ -272,13 +287,7 @@ async def _tournament(
     p: Protocol, s: Session, xs: Sequence[Shared], axis: int, bound: float, bits: int
 ) -> list[Shared]:
     """The largest of the first secret along the axis, and what the others have there."""
-    for level, groups in enumerate(_brackets(xs[0].shape[axis])[2]):
-        n = xs[0].shape[axis]
-        size, larger = n // groups, n % groups
-        cut = larger * (size + 1)
-        pools = [
-            (low, high, count) for low, high, count in ((0, cut, size + 1), (cut, n, size)) if high > low
-        ]
+    for level, groups in enumerate(brackets(xs[0].shape[axis])):
 
         async def play(
             child: Session, low: int, high: int, count: int, xs: Sequence[Shared] = xs
@@ -287,16 +296,19 @@ async def _tournament(
             lines = [
                 [narrow(p, x, axis, low + i * width, low + (i + 1) * width) for i in range(count)] for x in xs
             ]
-            return await _played(p, child, lines, 2 * bound, bits)
+            return await played(p, child, lines, 2 * bound, bits)
 
         winners = await s.fork(f"level{level}").gather(
-            *(partial(play, low=low, high=high, count=count) for low, high, count in pools)
+            *(
+                partial(play, low=low, high=high, count=count)
+                for low, high, count in pools(xs[0].shape[axis], groups)
+            )
         )
         xs = [concatenate(p, [pool[i] for pool in winners], axis) for i in range(len(xs))]
     return list(xs)
 
 
-async def _played(
+async def played(
     p: Protocol, s: Session, lines: Sequence[Sequence[Shared]], reach: float, bits: int
 ) -> list[Shared]:
     """For each line of up to four equal-shaped candidates, the one at which the first line is largest."""

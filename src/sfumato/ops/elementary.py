@@ -21,7 +21,7 @@ from sfumato.ops.fit import fit_series, series_bits, series_from_dict, series_no
 from sfumato.ops.tiles import elementwise
 from sfumato.protocol.base import Exponential, Protocol, Series, Window
 from sfumato.session.session import Session
-from sfumato.types import Z64, Shared
+from sfumato.types import Z64, Ring, Shared
 
 __all__ = [
     "HEADROOM_BITS",
@@ -208,8 +208,10 @@ def _core(
     )
 
 
-async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | None = None) -> Shared:
-    """exp(x). ``frac``: the result's fraction bits (default: as the plan carries).
+async def exp(
+    p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | None = None, ring: Ring | None = None
+) -> Shared:
+    """exp(x). ``frac``: the result's fraction bits (default: as the plan carries); ``ring``: its ring (default: x's).
 
     Domain: [plan.lo, plan.hi]; outside it the result is meaningless. Error: relative ``plan.error`` (at most the
     planned tolerance), and one unit of the result; below a clip's floor or a cut it is absolute, that of exp there.
@@ -231,7 +233,7 @@ async def exp(p: Protocol, s: Session, x: Shared, plan: ExpPlan, *, frac: int | 
             below, _ = await overshoots(p, child.fork("clip"), piece, plan.floor, None, plan.bound)
             assert below is not None
             piece = p.sub(piece, below)
-        y = await p.exponential(child, plan.core, piece.viewed(plan.core.frac), frac=carried)
+        y = await p.exponential(child, plan.core, piece.viewed(plan.core.frac), frac=carried, ring=ring)
         for i in range(plan.squarings):
             y = await p.bilinear_truncate(child.fork(f"double{i}"), torch.mul, y, y, plan.frac)
         return y

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, Look, inverse, plan_inverse
+from sfumato.ops.basic import scale
+from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, Look, inverse, plan_inverse, with_frac
 from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, thirds
 from sfumato.protocol.base import Bilinear, Protocol
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Branch, Session
-from sfumato.types import Shared
+from sfumato.types import Z32, Z64, Ring, Shared
 
 __all__ = ["NormPlan", "group_norm", "layer_norm", "plan_norm", "rms_norm"]
 
@@ -28,6 +29,8 @@ __all__ = ["NormPlan", "group_norm", "layer_norm", "plan_norm", "rms_norm"]
 _SQUARE_BITS = 30
 #: Significant bits that the smallest scale keeps.
 _SCALE_BITS = 16
+#: Fraction bits of 1 / n where a sum of values from Z32 is divided.
+_SHORT_GAIN = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,12 @@ def plan_norm(
     gain: float = 4.0,
     frac: int = 18,
     tolerance: float = 2e-5,
+    ring_bits: int = 64,
 ) -> NormPlan:
     """Plan for groups of ``count`` values whose variance (mean square) is calibrated to [var_lo, var_hi].
 
     ``reach`` bounds |(x - mean) / std|; sqrt(count) always does. ``gain`` bounds |gamma|, public or secret.
+    ``ring_bits``: the ring of the values; in Z32 it is the caller's to see that a single square fits.
 
     Raises:
         RangeError: the variance can be zero without an epsilon, or is too large for the ring.
@@ -99,10 +104,10 @@ def plan_norm(
     # Squares of values below one unit of 2^-frac vanish; nothing smaller can come out of the inner product.
     low = max(low, 2.0 ** (-2 * frac + 4), high * 2.0**-33)
     largest = max(var_hi, eps) * count * 2.0 ** (2 * frac)
-    chunks = 1
-    while largest / chunks >= 2.0 ** (HEADROOM_BITS - 1) and chunks < count:
+    chunks, room = 1, HEADROOM_BITS - (64 - ring_bits)
+    while largest / chunks >= 2.0 ** (room - 1) and chunks < count:
         chunks *= 2
-    if var_hi * 2.0 ** (2 * frac) >= 2.0**HEADROOM_BITS:
+    if var_hi * 2.0 ** (2 * frac) >= 2.0**room:
         raise RangeError(
             f"a variance of {var_hi:g} at {frac} fraction bits does not fit the ring; rescale the model"
         )
@@ -113,11 +118,17 @@ def plan_norm(
 
 
 async def _mean(p: Protocol, s: Session, x: Shared) -> Shared:
-    """The mean over the last axis, kept. Error: 2^-frac. Cost: 2 rounds, 2k + f + 2 bits per group.
+    """The mean over the last axis, kept. Error: 2^-frac. Cost: 2 rounds, 2k + f + 2 bits per group; of values in Z32
+    162 bits, as the sum is divided in Z64.
 
     Gain bits are as many as the ring holds, so the mean of 40,960 ones is 1.0 to the last bit.
     """
     n = x.shape[-1]
+    if x.ring == Z32:
+        total = await p.cast(s, p.linear(lambda part: part.sum(-1, keepdim=True), x), Z64)
+        part_of = round(2.0**_SHORT_GAIN / n)
+        wide = p.linear(lambda part: part * part_of, total, frac=x.frac + _SHORT_GAIN)
+        return p.shorten(s, wide, x.frac)
     gain = HEADROOM_BITS - 7 - x.frac
     factor = round(2.0**gain / n)
     return await p.linear_truncate(
@@ -147,22 +158,25 @@ async def _inverse_std(
             return c.sum(-1, keepdim=True)
         return torch.nn.functional.pad(c, (0, padding)).unflatten(-1, (plan.chunks, size)).sum(-1)
 
-    total = await p.bilinear_truncate(s.fork("square"), squares, d, d, bits)
+    # Z32 leaves the sum of many squares no room to drop bits for.
+    drop = bits if d.ring == Z64 else 0
+    total = await p.bilinear_truncate(s.fork("square"), squares, d, d, drop, ring=Z64)
     if plan.chunks > 1:
         total = p.linear(lambda part: part.sum(-1, keepdim=True), total)
-    total = total.viewed(view - bits)
+    total = await with_frac(p, s.fork("fit"), total.viewed(view - drop), view - bits)
     total = p.add_public(s, total, p.encode(total, plan.rest * plan.eps))
     if look is not None:
         look("square", total)
     return await inverse(p, s.fork("rsqrt"), total, plan.inverse, frac=frac)
 
 
-def _scale_fracs(plan: NormPlan, frac: int) -> tuple[int, int]:
+def _scale_fracs(plan: NormPlan, frac: int, ring: Ring = Z64) -> tuple[int, int]:
     """Fraction bits of the scale 1 / std and of a gain that rides on the same product: enough for the smallest scale,
     and the product of reach stays in the ring."""
     smallest = math.sqrt(plan.rest / plan.inverse.hi)
-    room = HEADROOM_BITS - frac - ceil_log2(plan.reach * max(plan.gain, 1.0))
-    scale = max(4, min(_SCALE_BITS + 2 - math.frexp(smallest)[1], room - 6, plan.inverse.frac))
+    room = HEADROOM_BITS - (64 - ring.bits) - frac - ceil_log2(plan.reach * max(plan.gain, 1.0))
+    kept = room - (6 if ring == Z64 else 0)  # a gain of its own does not ride in Z32
+    scale = max(4, min(_SCALE_BITS + 2 - math.frexp(smallest)[1], kept, plan.inverse.frac))
     return scale, max(4, min(18, room - scale))
 
 
@@ -326,6 +340,10 @@ async def _row_norm(
     if centre:
         rows = p.sub(rows, await _mean(p, s.fork("mean"), rows))
     weight = _as_column(p, gamma, (n,))
+    if x.ring == Z32:
+        y = await _short_norm(p, s, rows, weight, plan, look)
+        y = p.linear(lambda part: part.reshape(x.shape), y if plus is None else p.add(y, plus))
+        return _shifted(p, s, y, None if beta is None else _as_column(p, beta, x.shape[len(lead) :]))
     # Where the ring has room, rows * gamma keep the fraction bits of both, and one truncation drops them all.
     fine = x.frac + weight.frac if isinstance(weight, Shared) else x.frac
     if fine > x.frac and _scale_fracs(plan, fine)[0] < min(_worthwhile(plan), _scale_fracs(plan, x.frac)[0]):
@@ -341,3 +359,29 @@ async def _row_norm(
     y = await _times(p, s.fork("out"), body, r, extra, gains=gains, gain=gain, out=x.frac)
     y = p.linear(lambda part: part.reshape(x.shape), y)
     return _shifted(p, s, y, None if beta is None else _as_column(p, beta, x.shape[len(lead) :]))
+
+
+async def _short_norm(
+    p: Protocol,
+    s: Session,
+    rows: Shared,
+    weight: Shared | Tensor | None,
+    plan: NormPlan,
+    look: Look | None,
+) -> Shared:
+    """Centred rows in Z32 over their deviation, times gamma. Only what there is one of in a row is in Z64."""
+    frac, _ = _scale_fracs(plan, rows.frac, Z32)
+
+    async def weighed(child: Session) -> Shared:
+        if isinstance(weight, Tensor):
+            return await scale(p, child, rows, weight, gain=_gain_bits(plan, rows.frac))
+        return rows if weight is None else await _times(p, child, rows, weight, None)
+
+    body, r = await s.gather(weighed, lambda child: _inverse_std(p, child, rows, plan, frac, look))
+    return await _times(p, s.fork("out"), body, p.shorten(s, r, frac), None)
+
+
+def _gain_bits(plan: NormPlan, frac: int) -> int:
+    """Fraction bits of a public gamma in Z32: deviations up to the square root of the largest variance, by reach."""
+    largest = math.sqrt(plan.inverse.hi / plan.rest) * plan.reach * plan.gain
+    return max(4, min(14, 30 - frac - ceil_log2(largest)))

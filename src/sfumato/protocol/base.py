@@ -19,7 +19,7 @@ from sfumato.errors import TypeMismatch
 from sfumato.protocol.series import Exponential, Series
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
-from sfumato.types import Z32, Z64, Ring, Secret, Shared, TruncationError
+from sfumato.types import Z32, Z64, Ring, Secret, Shared, SharedIndex, TruncationError
 
 __all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Window"]
 
@@ -225,6 +225,14 @@ class Protocol(ABC):
         chosen = await self.bilinear(s, torch.mul, bit, difference)
         return chosen if y is None else self.add(chosen, y)
 
+    async def look_up(self, s: Session, x: Shared, at: SharedIndex) -> Shared:
+        """Rows of the table x (rows, *rest), (*at.shape, *rest): those of the client's secret numbers. Exact.
+
+        ``at`` is in x's ring or in a wider one. A protocol need not have this move: a product with one-hot rows, which
+        the client shares as words, finds the same.
+        """
+        raise TypeMismatch(f"{self.name} has no look-up by secret row numbers; share one-hot rows instead")
+
     @abstractmethod
     async def evaluate_all(
         self,
@@ -281,6 +289,11 @@ class Protocol(ABC):
         if x.parts and x.parts[0].device.type == "meta":
             tensor = tensor.to("meta")
         return encode(tensor, x.ring, x.frac if frac is None else frac)
+
+    @staticmethod
+    def _check_look_up(x: Shared, at: SharedIndex) -> None:
+        if x.ring.kind != "Z" or x.ring.bits > at.type.ring.bits or x.shape[:1] != (at.type.rows,):
+            raise TypeMismatch(f"{at.type} do not pick rows of a table {x.type}")
 
     @staticmethod
     def _same_ring(*xs: Shared) -> Ring:

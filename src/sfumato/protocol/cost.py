@@ -77,6 +77,11 @@ def _bilinear(*, k: int, **_: int) -> Cost:
     return Cost(tuple(Message(i, (i + 2) % 3, k) for i in range(3)), 1)
 
 
+def _look_up(*, k: int, **_: int) -> Cost:
+    """Per element of the result. What the client uploads for it is no message between parties."""
+    return _bilinear(k=k)
+
+
 def _reshare(k: int) -> tuple[Message, ...]:
     return (Message(0, 1, k), Message(1, 0, k))
 
@@ -210,6 +215,7 @@ MOVES: Mapping[str, Callable[..., Cost]] = MappingProxyType(
         "add_public": _free,
         "inject": _free,
         "bilinear": _bilinear,
+        "look_up": _look_up,
         "truncate": _truncate,
         "linear_truncate": _truncate,
         "bilinear_truncate": _bilinear_truncate,

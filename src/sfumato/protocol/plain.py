@@ -18,7 +18,7 @@ from sfumato.ring.fixed import decode
 from sfumato.ring.planes import from_plane, to_planes
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
-from sfumato.types import B8, Z32, Z64, Ring, Secret, Shared, TruncationError
+from sfumato.types import B8, Z32, Z64, Ring, Secret, Shared, SharedIndex, TruncationError
 
 __all__ = ["Plain"]
 
@@ -64,6 +64,23 @@ class Plain(Protocol):
         words = f(x.parts[0], y.parts[0]).to(ring.dtype)
         return Shared(Secret(ring, x.frac + y.frac, tuple(words.shape)), (words,))
 
+    async def look_up(self, s: Session, x: Shared, at: SharedIndex) -> Shared:
+        """The rows themselves; ``at`` holds the numbers.
+
+        Raises:
+            RangeError: a number is no row; names the path.
+        """
+        self._check_look_up(x, at)
+        numbers, table = at.parts[0], x.parts[0]
+        shape = (*at.shape, *x.shape[1:])
+        if table.device.type == "meta":
+            return _nothing(x.ring, x.frac, shape)
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < at.type.rows:
+            raise RangeError(
+                f"a number to look up at {s.path} lies outside the {at.type.rows} rows of its table"
+            )
+        return Shared(Secret(x.ring, x.frac, shape), (table[numbers.reshape(at.shape)],))
+
     def shorten(self, s: Session, x: Shared, frac: int) -> Shared:
         """Rounded to nearest.
 
@@ -89,8 +106,12 @@ class Plain(Protocol):
             RangeError: a word left the range in which truncation is right; names the path.
         """
         words, ring = x.parts[0], ring or x.ring
-        if x.ring.kind != "Z" or ring.kind != "Z" or ring.bits < x.ring.bits:
-            raise TypeMismatch(f"a truncation cannot take {x.ring} to {ring}; cast afterwards")
+        if (
+            x.ring.kind != "Z"
+            or ring.kind != "Z"
+            or not (ring.bits >= x.ring.bits or x.ring.bits - bits >= ring.bits)
+        ):
+            raise TypeMismatch(f"a truncation by {bits} bits cannot take {x.ring} to {ring}; cast afterwards")
         if not 0 <= bits < x.ring.bits:
             raise TypeMismatch(f"a truncation of {x.ring} drops 0 to {x.ring.bits - 1} bits, not {bits}")
         type = Secret(ring, x.frac - bits, x.shape)

@@ -1,8 +1,8 @@
 """The native kernels, where they were built: loaded once, refused if they are not of this version's sources.
 
-Every function but two returns None when the library is not there or does not do the case; its caller has a twin in
-torch or numpy then, with the same bits. ``SFUMATO_NATIVE=0`` turns the library off. Calls release the interpreter's
-lock.
+Every function but two returns None (``expand``: False) when the library is not there or does not do the case; its
+caller has a twin in torch or numpy then, with the same bits. ``SFUMATO_NATIVE=0`` turns the library off. Calls release
+the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "dealt",
     "describe",
     "encode",
+    "expand",
     "from_plane",
     "judge",
     "matmul",
@@ -79,7 +80,7 @@ def _declare(library: ctypes.CDLL) -> None:
         if function is None:  # products, where they cannot be built
             continue
         function.argtypes = [kinds[letter] for letter in letters]
-        function.restype = ctypes.c_int if name.startswith(("sf_gemm", "sf_conv")) else None
+        function.restype = ctypes.c_int if name.startswith(("sf_gemm", "sf_conv", "sf_dpf")) else None
 
 
 #: Arguments of each function, a letter each: p a pointer, l a long, i an int, d a double.
@@ -100,6 +101,7 @@ _SIGNATURES = {
     **{f"sf_weighted_{bits}": "plppppl" + "ppip" for bits in (64, 32)},
     "sf_powers": "plipilpp",
     "sf_shorten": "pllip",
+    "sf_dpf": "pllllipip",
     **{f"sf_chosen_{bits}": "pliippp" for bits in (64, 32)},
 }
 
@@ -392,3 +394,15 @@ def shorten(words: Tensor, add: int, drop: int) -> Tensor | None:
     out = torch.empty(words.shape, dtype=torch.int32)
     library.sf_shorten(words.data_ptr(), words.numel(), add, drop, out.data_ptr())
     return out
+
+
+def expand(keys: Tensor, levels: int, leaves: int, fixed: Tensor, first: bool, out: Tensor) -> bool:
+    """As :func:`sfumato.ring.dpf.expand`, into ``out`` (n, rows); ``fixed``: the three cipher keys. False: not done."""
+    library = _library(keys, fixed, out)
+    if library is None or out.dtype not in _WORDS:
+        return False
+    done = library.sf_dpf(
+        keys.data_ptr(), keys.shape[0], levels, leaves, out.shape[1], _WORDS[out.dtype], fixed.data_ptr(), int(first),
+        out.data_ptr(),
+    )  # fmt: skip
+    return bool(done)

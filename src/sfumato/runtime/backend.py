@@ -16,6 +16,7 @@ from sfumato.errors import JobError, RangeError
 from sfumato.graph.certificate import failed, sample_count, watched
 from sfumato.graph.plan import Plan, load_side
 from sfumato.protocol.rep3 import Rep3
+from sfumato.ring import dpf
 from sfumato.ring.fixed import decode, encode, encode_scalar
 from sfumato.runtime import commands, weights
 from sfumato.runtime.commands import (
@@ -27,16 +28,17 @@ from sfumato.runtime.commands import (
     Drop,
     Load,
     Put,
+    PutIndex,
     Reveal,
     Stats,
     WeightSpec,
     WeightsSpec,
 )
-from sfumato.runtime.components import split
+from sfumato.runtime.components import split, split_index
 from sfumato.runtime.lineage import Lineage
 from sfumato.runtime.report import CostReport, Took, merged_rows
 from sfumato.runtime.shared_model import Description, read_description
-from sfumato.types import Z64, Ring
+from sfumato.types import Z64, Index, Ring
 
 __all__ = ["Backend", "Term", "tensor_bytes"]
 
@@ -72,6 +74,8 @@ class Backend(ABC):
         self._client_bytes = 0
         self._setup_bytes = 0
         self._secret_weights: dict[str, dict[str, str]] = {}
+        self._weight_handles: dict[tuple[str, str, int], str] = {}  # by content, ring and fraction bits
+        self._weights = 0
         self._plans: dict[str, Plan] = {}
         if certificate not in (True, False, "all"):
             raise JobError(f"certificate must be True, False or 'all', not {certificate!r}")
@@ -83,7 +87,8 @@ class Backend(ABC):
     # ---- the calls ----------------------------------------------------------------------------------------------
 
     def load(self, name: str, plan: Plan) -> None:
-        """Give the parties a plan and its weights: public words to all, or shares of secret ones.
+        """Give the parties a plan and its weights: public words to all, or shares of secret ones. A secret weight that
+        plans have in common is shared once.
 
         Runs of another plan of this name are judged by that one first.
         """
@@ -99,10 +104,24 @@ class Backend(ABC):
         else:
             attached = [list(public.values())] * self._parties
             self._command(Load(name, document, WeightsSpec("public", items)), attached, setup=True)
-        self._secret_weights[name] = {n: f"{name}:{n}" for n in values.secrets}
-        for weight, tensor in values.secrets.items():
+        self._share_weights(name, plan, values.secrets)
+
+    def _share_weights(self, name: str, plan: Plan, secrets: Mapping[str, Tensor]) -> None:
+        before, mine = self._secret_weights.pop(name, {}), dict[str, str]()
+        for weight, tensor in secrets.items():
             type = plan.secret_type(weight)
-            self.put(self._secret_weights[name][weight], tensor, type.frac, type.ring, setup=True)
+            key = weights.weight_key(tensor, type)
+            handle = self._weight_handles.get(key)
+            if handle is None:
+                self._weights += 1
+                handle = self._weight_handles[key] = f"{name}:{weight}#{self._weights}"
+                self.put(handle, tensor, type.frac, type.ring, setup=True)
+            mine[weight] = handle
+        self._secret_weights[name] = mine
+        used = {handle for known in self._secret_weights.values() for handle in known.values()}
+        gone = set(before.values()) - used
+        self._weight_handles = {key: h for key, h in self._weight_handles.items() if h not in gone}
+        self.drop(*sorted(gone))
 
     def describe(self, model: str) -> Description:
         """What the owner of a shared model offers, the same at all three parties.
@@ -137,6 +156,26 @@ class Backend(ABC):
         command = Put(handle, str(ring), frac, tuple(values.shape))
         self._command(command, self._split(values, ring, frac), setup=setup)
         self._release(self._lineage.derive([handle], []))
+
+    def put_index(self, handle: str, numbers: Tensor, type: Index) -> None:
+        """Share the client's row numbers: each party gets its keys of point functions, a few hundred bytes a number.
+
+        Raises:
+            RangeError: a number is no row of the table.
+        """
+        command = PutIndex(handle, str(type.ring), type.rows, type.shape, dpf.ALGORITHM)
+        given = numbers.to(device=self.device, dtype=torch.int64)
+        self._command(command, [[given]] if self._parties == 1 else split_index(given, type))
+        self._release(self._lineage.derive([handle], []))
+
+    def put_input(self, handle: str, plan: Plan, name: str, values: Tensor) -> None:
+        """Share what :func:`client_side` gives for the input ``name`` of a plan, as the plan takes it."""
+        index = plan.index_type(name)
+        if index is not None:
+            self.put_index(handle, values, index)
+        else:
+            type = plan.secret_type(name)
+            self.put(handle, values, type.frac, type.ring)
 
     def call(
         self,

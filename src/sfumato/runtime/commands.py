@@ -29,6 +29,7 @@ __all__ = [
     "Drop",
     "Load",
     "Put",
+    "PutIndex",
     "Reveal",
     "Stats",
     "Term",
@@ -91,6 +92,18 @@ class Put:
     ring: str
     frac: int
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PutIndex:
+    """The client's row numbers of a table of ``rows`` rows become ``handle``; keys of ``form`` are attached, each party
+    its own. Only a look-up of a plan takes such a value."""
+
+    handle: str
+    ring: str
+    rows: int
+    shape: tuple[int, ...]
+    form: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +174,7 @@ class Close:
     """End the session."""
 
 
-Command = Load | Describe | Put | Call | Certify | Affine | Reveal | Drop | Stats | Close
+Command = Load | Describe | Put | PutIndex | Call | Certify | Affine | Reveal | Drop | Stats | Close
 
 
 def to_message(command: Command, attachments: Sequence[Tensor] = ()) -> tuple[dict[str, Any], list[Tensor]]:
@@ -221,6 +234,15 @@ def _describe(command: Command) -> tuple[dict[str, Any], list[Tensor]]:
                 "ring": command.ring,
                 "frac": command.frac,
                 "shape": list(command.shape),
+            }, []
+        case PutIndex():
+            return {
+                "command": name,
+                "handle": command.handle,
+                "ring": command.ring,
+                "rows": command.rows,
+                "shape": list(command.shape),
+                "form": command.form,
             }, []
         case Call():
             names = sorted(command.publics)
@@ -345,6 +367,19 @@ def _read_put(fields: _Fields, _: list[Tensor]) -> Put:
     )
 
 
+def _read_put_index(fields: _Fields, _: list[Tensor]) -> PutIndex:
+    rows = fields.take("rows", int)
+    if not 0 < rows < 2**48:
+        raise JobError("the rows of a table must be a whole number above 0")
+    return PutIndex(
+        fields.handle("handle"),
+        fields.ring(),
+        rows,
+        _shape(fields.take("shape", list)),
+        fields.take("form", str),
+    )
+
+
 def _read_call(fields: _Fields, shared: list[Tensor]) -> Call:
     inputs = {_handle(k): _handle(v) for k, v in fields.take("inputs", dict).items()}
     names = fields.strings("publics")
@@ -400,6 +435,7 @@ _READERS: dict[str, Any] = {
     "Load": _read_load,
     "Describe": _read_describe,
     "Put": _read_put,
+    "PutIndex": _read_put_index,
     "Call": _read_call,
     "Certify": _read_certify,
     "Affine": _read_affine,

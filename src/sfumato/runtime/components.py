@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sfumato.errors import JobError
 from sfumato.protocol.rep3 import Rep3
+from sfumato.ring import dpf
 from sfumato.ring.prg import stream_words
-from sfumato.types import Ring, Secret
+from sfumato.types import Index, Ring, Secret
 
-__all__ = ["SEED_BYTES", "component", "held_by", "split"]
+__all__ = ["SEED_BYTES", "component", "held_by", "index_keys", "split", "split_index"]
 
 SEED_BYTES = 32
 #: By party: whether each of its two components comes as a seed.
@@ -50,3 +51,34 @@ def held_by(party: int, type: Secret) -> list[tuple[torch.dtype, tuple[int, ...]
         seed if seeded else words for seeded in _SEEDED[party]
     ]
     return list(found)
+
+
+def split_index(numbers: Tensor, type: Index) -> list[list[Tensor]]:
+    """Attachments per party for row numbers: its keys of its two components' pairs, (2, numbers, key bytes) uint8.
+
+    Raises:
+        RangeError: a number is no row of the table.
+    """
+    if numbers.device.type == "meta":
+        size = (2, type.numel, dpf.key_bytes(type.rows, type.ring))
+        return [[torch.empty(size, dtype=torch.uint8, device="meta")] for _ in range(3)]
+    pairs = [dpf.make_keys(numbers.reshape(-1), type.rows, type.ring) for _ in range(3)]
+    return [[torch.stack([pairs[i][0], pairs[(i + 1) % 3][1]])] for i in range(3)]
+
+
+def index_keys(type: Index, name: str, form: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A party's two keys for each number, as :func:`split_index` makes them.
+
+    Raises:
+        JobError: keys of another form, number or length.
+    """
+    if form != dpf.ALGORITHM:
+        raise JobError(
+            f"the keys of {name} are of another form than {dpf.ALGORITHM}; use clients of this release"
+        )
+    wanted = (2, type.numel, dpf.key_bytes(type.rows, type.ring))
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != wanted:
+        raise JobError(
+            f"the keys of {name} are {tensor.dtype}{list(tensor.shape)}, and {type} need {torch.uint8}{list(wanted)}"
+        )
+    return tensor[0], tensor[1]

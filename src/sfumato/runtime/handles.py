@@ -10,7 +10,7 @@ from torch import Tensor
 from sfumato.errors import JobError
 from sfumato.graph.plan import Plan
 from sfumato.runtime.policy import Label, Part, after_own
-from sfumato.types import Shared
+from sfumato.types import Shared, SharedIndex
 
 __all__ = ["Handles", "Loaded"]
 
@@ -19,9 +19,9 @@ class Handles:
     """Shares and their labels: one entry holds both, so that neither is ever replaced without the other."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Shared, Label]] = {}
+        self._kept: dict[str, tuple[Shared | SharedIndex, Label]] = {}
 
-    def keep(self, handle: str, value: Shared, label: Label) -> None:
+    def keep(self, handle: str, value: Shared | SharedIndex, label: Label) -> None:
         """``handle`` is this value from now on."""
         self._kept[handle] = (value, label)
 
@@ -29,8 +29,18 @@ class Handles:
         return handle in self._kept
 
     def value(self, handle: str) -> Shared:
-        """``JobError`` when there is none."""
-        return self._entry(handle)[0]
+        """``JobError`` when there is none, or row numbers in its place."""
+        value = self._entry(handle)[0]
+        if isinstance(value, SharedIndex):
+            raise JobError(f"the value {handle!r} holds row numbers, which only a look-up takes")
+        return value
+
+    def index(self, handle: str) -> SharedIndex:
+        """``JobError`` when there is none, or another value in its place."""
+        value = self._entry(handle)[0]
+        if not isinstance(value, SharedIndex):
+            raise JobError(f"the value {handle!r} is {value.type}, and a look-up takes row numbers")
+        return value
 
     def label(self, handle: str) -> Label:
         """Who keeps the value closed; ``JobError`` when there is none."""
@@ -45,7 +55,7 @@ class Handles:
         """Forget all."""
         self._kept.clear()
 
-    def _entry(self, handle: str) -> tuple[Shared, Label]:
+    def _entry(self, handle: str) -> tuple[Shared | SharedIndex, Label]:
         if handle not in self._kept:
             raise JobError(f"there is no value {handle!r} here; put it first")
         return self._kept[handle]

@@ -36,12 +36,13 @@ from sfumato.runtime.commands import (
     Drop,
     Load,
     Put,
+    PutIndex,
     Reveal,
     Stats,
     Term,
     WeightSpec,
 )
-from sfumato.runtime.components import component
+from sfumato.runtime.components import component, index_keys
 from sfumato.runtime.handles import Handles, Loaded
 from sfumato.runtime.policy import OPEN, Host, Label, check_open
 from sfumato.runtime.shared_model import SharedModels
@@ -49,7 +50,7 @@ from sfumato.session.drive import Scheduler
 from sfumato.session.ledger import Ledger
 from sfumato.session.randomness import PairStreams
 from sfumato.session.session import Clock, Session
-from sfumato.types import Ring, Secret, Shared
+from sfumato.types import Index, Ring, Secret, Shared, SharedIndex
 
 __all__ = ["PartyMachine", "make_machine", "make_protocol"]
 
@@ -130,6 +131,8 @@ class PartyMachine:
             case Put():
                 spec = WeightSpec(command.handle, command.ring, command.frac, command.shape)
                 self._handles.keep(command.handle, self._received(spec, attachments), OPEN)
+            case PutIndex():
+                self._handles.keep(command.handle, self._received_index(command, attachments), OPEN)
             case Call():
                 await self._call(command)
             case Certify():
@@ -221,6 +224,22 @@ class PartyMachine:
             return Shared(type, (blank,) * self._parts_per_value)
         return Shared(type, tuple(component(type, spec.name, tensor) for tensor in attachments))
 
+    def _received_index(self, command: PutIndex, attachments: list[Tensor]) -> SharedIndex:
+        """The client's row numbers as this party's keys; in ``plain`` the numbers themselves."""
+        ring = Ring.named(command.ring)
+        if ring.kind != "Z":
+            raise JobError("row numbers are shared in Z64 or Z32")
+        type = Index(ring, command.rows, command.shape)
+        if type.rows * ring.bits // 8 > self._largest:
+            raise JobError(
+                f"the table of {command.handle} has more rows than a party takes at once ({self._largest} bytes)"
+            )
+        if len(attachments) != 1:
+            raise JobError(f"keys of {command.handle} come as one tensor, not {len(attachments)}")
+        if self.protocol.parties == 1:
+            return SharedIndex(type, (attachments[0],))
+        return SharedIndex(type, index_keys(type, command.handle, command.form, attachments[0]))
+
     async def _call(self, command: Call) -> None:
         if command.name not in self._plans:
             raise JobError(f"there is no plan {command.name!r} here; load it first")
@@ -270,12 +289,18 @@ class PartyMachine:
         summand = self.protocol.summand(session.fork("reveal"), found)
         return {"ring": str(found.ring), "frac": found.frac}, [summand]
 
-    def _argument(self, plan: Plan, argument: str, handle: str) -> Shared:
-        x = self._handles.value(handle)
+    def _argument(self, plan: Plan, argument: str, handle: str) -> Shared | SharedIndex:
         if argument not in plan.program.types:
             raise JobError(f"the plan has no input {argument!r}")
+        index = plan.index_type(argument)
+        if index is not None:
+            at = self._handles.index(handle)
+            if at.type != index:
+                raise JobError(f"the value {handle!r} holds {at.type}, the input {argument} takes {index}")
+            return at
+        x = self._handles.value(handle)
         expected = plan.secret_type(argument)
-        if x.shape != expected.shape or x.ring != expected.ring or x.frac not in (0, plan.options.frac):
+        if x.shape != expected.shape or x.ring != expected.ring or x.frac not in (0, expected.frac):
             raise JobError(f"the value {handle!r} is {x.type}, the input {argument} is {expected}")
         return x
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 __all__ = ["CostReport", "PathCost", "Took", "readable"]
@@ -90,6 +90,26 @@ class CostReport:
             and tuple(self.sends) == tuple(other.sends)
             and self.client_bytes == other.client_bytes
             and dict(self.by_path) == dict(other.by_path)
+        )
+
+    def since(self, before: CostReport, seconds: float | None = None) -> CostReport:
+        """What a session has cost after ``before``, an earlier report of its own: counts are differences, memory is the
+        session's. Rounds that overlap with what came before count once."""
+
+        def more(now: Sequence[Any], then: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(a - b for a, b in zip(now, then, strict=True))
+
+        return replace(
+            self,
+            rounds=self.rounds - before.rounds,
+            bytes_sent=more(self.bytes_sent, before.bytes_sent),
+            sends=more(self.sends, before.sends),
+            client_bytes=self.client_bytes - before.client_bytes,
+            setup_bytes=self.setup_bytes - before.setup_bytes,
+            by_path={path: cost for path, cost in self.by_path.items() if path not in before.by_path},
+            seconds=seconds,
+            cpu_seconds=more(self.cpu_seconds, before.cpu_seconds),
+            kernel_bytes=more(self.kernel_bytes, before.kernel_bytes),
         )
 
     def to_json(self) -> str:

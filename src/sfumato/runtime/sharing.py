@@ -35,7 +35,7 @@ from sfumato.runtime.places import Places, new_run
 from sfumato.runtime.policy import Approval, check_offers
 from sfumato.runtime.shared_model import client_constants, pack_files
 from sfumato.runtime.store import CLIENT_FILE, PUBLIC_FILE, Draft, ModelStore, digest_of_file
-from sfumato.runtime.weights import FILE_TYPES, content_key, file_head
+from sfumato.runtime.weights import FILE_TYPES, content_key, file_head, weight_key
 from sfumato.runtime.wire import MessageStream, tensor_bytes
 from sfumato.types import Ring, Secret
 
@@ -117,7 +117,7 @@ class _Outgoing:
             values = load_side(plan)
             secret, public, mine = (group.setdefault(digest, {}) for group in named.values())
             for name, tensor in values.secrets.items():
-                key = _item_key(plan.secret_type(name), tensor)
+                key = weight_key(tensor, plan.secret_type(name))
                 secret[name] = self._items.setdefault(key, len(items))
                 if secret[name] == len(items):
                     type = plan.secret_type(name)
@@ -169,16 +169,11 @@ class _Outgoing:
             while values.secrets:
                 name, tensor = values.secrets.popitem()
                 type = plan.secret_type(name)
-                item = self._items[_item_key(type, tensor)]
+                item = self._items[weight_key(tensor, type)]
                 if item not in sent:
                     sent.add(item)
                     words = encode(tensor, type.ring, type.frac)
                     yield {"item": item}, split(words, type.ring), words.numel() * words.element_size()
-
-
-def _item_key(type: Secret, tensor: Tensor) -> tuple[str, str, int]:
-    """By this the owner alone knows equal weights; a digest of a weight never leaves it."""
-    return content_key(tensor), str(type.ring), type.frac
 
 
 def _identity(client: str) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sfumato.errors import JobError
 from sfumato.runtime.wire import canonical, tensor_bytes
+from sfumato.types import Secret
 
-__all__ = ["FILE_TYPES", "MappedWeights", "content_key", "file_head", "opened", "stored"]
+__all__ = ["FILE_TYPES", "MappedWeights", "content_key", "file_head", "opened", "stored", "weight_key"]
 
 _NAME = re.compile(r"[0-9a-f]{32}\Z")
 #: What safetensors calls the types that such a file holds.
@@ -67,6 +68,11 @@ def content_key(tensor: Tensor) -> str:
     state = hashlib.blake2b(len(head).to_bytes(8, "little") + head, digest_size=32, person=b"sfumato-tensor")
     state.update(tensor_bytes(tensor))
     return state.hexdigest()
+
+
+def weight_key(tensor: Tensor, type: Secret) -> tuple[str, str, int]:
+    """By this who has a secret weight knows equal ones; a digest of a weight never leaves its owner."""
+    return content_key(tensor), str(type.ring), type.frac
 
 
 def file_head(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:

@@ -15,13 +15,14 @@ from sfumato.shell.cluster import cluster_app, party, status
 from sfumato.shell.command import CALIBRATE_ON, Profile, clean, for_file, for_picture, prompts_in
 from sfumato.shell.measuring import bench, reproduce
 from sfumato.shell.model import model_app
+from sfumato.shell.texts import classify, complete
 from sfumato.shell.ui import ui
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="sfumato",
-    help="Private generative AI: prompts in, images out, and no machine that computes sees either.",
+    help="Private generative AI: prompts in, images or texts out, and no machine that computes sees either.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -342,6 +343,8 @@ def catalogue(
     show(function, out, as_json, Console())
 
 
+app.command()(classify)
+app.command()(complete)
 app.command()(bench)
 app.command()(reproduce)
 

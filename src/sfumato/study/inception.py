@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from sfumato.diffusion.cache import keep, place
 from sfumato.errors import JobError
+from sfumato.graph.kept import keep, place
 from sfumato.quality import Features, frechet
 
 __all__ = ["Inception", "inception_distances"]

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.diffusion.cache import place
-from sfumato.diffusion.calibrate import load_cached, save_cached
-from sfumato.diffusion.loading import weights_digest
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.picture import Clamp
 from sfumato.diffusion.probe import probe_schedule
@@ -21,8 +18,10 @@ from sfumato.diffusion.samplers import solver
 from sfumato.diffusion.sampling import sample
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.scores import aligned
+from sfumato.errors import JobError
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.capture import capture
+from sfumato.graph.kept import load_cached, place, save_cached, weights_digest
 from sfumato.graph.plan import Plan, make_plan
 from sfumato.study.setting import Setting
 from sfumato.study.subject import Subject
@@ -60,8 +59,13 @@ class Course:
 def course(subject: Subject, setting: Setting) -> Course:
     """
     Raises:
-        JobError: no such scheduler, or one that does not do these steps.
+        JobError: no such scheduler, or one that does not do these steps; or steps that a student was not taught.
     """
+    if subject.steps is not None and subject.steps != setting.steps:
+        raise JobError(
+            f"this student of {subject.name} draws in {subject.steps} steps, not {setting.steps}; train another with "
+            f"python -m sfumato.zoo.train.few --model {subject.name} --steps {setting.steps}"
+        )
     spaced = {} if setting.spacing is None else {"timestep_spacing": setting.spacing}
     scheduler = solver(setting.solver, subject.scheduler.config, **spaced)
     if setting.aligned:

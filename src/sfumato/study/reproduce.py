@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from sfumato.study.draw import Drawer
 from sfumato.study.findings import Finding, findings
 from sfumato.study.merit import Merit, merit
 from sfumato.study.setting import Setting
-from sfumato.study.subject import Subject, subject
+from sfumato.study.subject import Subject, has_student, subject
 from sfumato.study.sweep import Row, Sweep
 from sfumato.study.tables import ORIGINAL, Study, Table, study
+from sfumato.zoo.classes import FEW
 
-__all__ = ["Asked", "Outcome", "Validation", "reproduce"]
+__all__ = ["Asked", "Outcome", "Validation", "drawable", "reproduce"]
 
 _CHUNK, _SECURE_CHUNK = 100, 20
 
@@ -101,7 +102,7 @@ def reproduce(asked: Asked, progress: Callable[[str, int, int], None] | None = N
     Raises:
         JobError: an unknown paper or model, weights that are not here, or numbers of images that do not fit.
     """
-    wanted = study(asked.paper, asked.model, listed=not asked.prompts)
+    wanted = drawable(study(asked.paper, asked.model, listed=not asked.prompts), asked)
     if asked.images < _CHUNK or asked.images % _CHUNK:
         raise JobError(f"--images must be a multiple of {_CHUNK}, not {asked.images}")
     if asked.secure % _SECURE_CHUNK or asked.secure > asked.images:
@@ -129,6 +130,18 @@ def reproduce(asked: Asked, progress: Callable[[str, int, int], None] | None = N
     return Outcome(
         asked, wanted, rows, merits, validations, findings("ours" if asked.ours else asked.paper, merits)
     )
+
+
+def drawable(wanted: Study, asked: Asked) -> Study:
+    """The study without rows of a student that was not made."""
+    if has_student(asked.model, asked.weights):
+        return wanted
+
+    def here(rows: Sequence[Setting]) -> tuple[Setting, ...]:
+        return tuple(row for row in rows if row.network != FEW)
+
+    tables = tuple(replace(table, rows=here(table.rows)) for table in wanted.tables)
+    return replace(wanted, main=here(wanted.main), tables=tables)
 
 
 def tables_of(asked: Asked, wanted: Study) -> Sequence[Table]:

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.loading import load_pipeline, weights_digest
+from sfumato.diffusion.loading import load_pipeline
 from sfumato.diffusion.loop import call_kwargs
 from sfumato.diffusion.samplers import solver
 from sfumato.errors import JobError
+from sfumato.graph.kept import weights_digest
 from sfumato.study.clip import clip_examiner
 from sfumato.zoo import DISTILLED, RECOMMENDED_GUIDANCE, embedded_path
-from sfumato.zoo.classes import NAMES, ClassModel, load_class_model, weights_path
+from sfumato.zoo.classes import FEW, NAMES, ClassModel, load_class_model, weights_path
 from sfumato.zoo.judge import load_named_judge
 from sfumato.zoo.references import Reference, load_reference
 from sfumato.zoo.train.evaluate import plain_prompt
 
-__all__ = ["SUBJECTS", "Examiner", "Subject", "of_pipeline", "subject"]
+__all__ = ["SUBJECTS", "Examiner", "Subject", "has_student", "of_pipeline", "subject"]
 
 #: Those that come with sfumato.
 SUBJECTS = ("embedded", *NAMES)
@@ -62,7 +63,7 @@ class Subject:
     encoder_hidden_states). ``texts``: (prompts, tokens, width) in the order of ``labels``, the judge's class of each
     prompt (empty where it has none); ``null``: (1, tokens, width). ``shape``: of one sample. ``decode``: samples to
     images (N, C, H, W) in [0, 1]. ``guidance``: None for a model that is sampled without. ``asked``: (prompts, d), what
-    the judge says of the prompts themselves, where it is CLIP.
+    the judge says of the prompts themselves, where it is CLIP. ``steps``: the only number that a student was taught.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Subject:
     variant: str = ""
     tuning_cpu_s: float | None = None
     folder: str = ""
+    steps: int | None = None
 
     def of(self, variant: str) -> Subject:
         """The same with another network of its kind, such as one that was tuned; empty for its own.
@@ -152,6 +154,11 @@ def subject(
     return _by_class(load_class_model(name, _own(name, folder, variant), variant), folder)
 
 
+def has_student(name: str, folder: str = "") -> bool:
+    """Whether the weights of a model's few-step student, which is made by command, are here."""
+    return weights_path(name, _own(name, folder, FEW), FEW).is_file()
+
+
 def _own(name: str, folder: str, variant: str = "") -> Path | None:
     """The folder, if it has weights of this name; else those that come with sfumato are taken."""
     return Path(folder) if folder and weights_path(name, Path(folder), variant).is_file() else None
@@ -208,5 +215,5 @@ def _by_class(model: ClassModel, folder: str) -> Subject:
         model.name, model.network.eval(), _Doubled(model.network).eval(), solver("ddim", kind.scheduler),
         model.embeddings.detach(), model.null.detach(), kind.shape, kind.guidance, inner, kind.labels,
         load_named_judge(kind.judge, beside), load_reference(kind.reference, beside), None, model.variant,
-        model.tuning_cpu_s, folder,
+        model.tuning_cpu_s, folder, model.steps,
     )  # fmt: skip

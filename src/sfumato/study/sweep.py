@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sfumato.diffusion.cache import keep
 from sfumato.errors import JobError
+from sfumato.graph.kept import keep
 from sfumato.runtime.memory import hold_memory
 from sfumato.study.draw import Drawer
 from sfumato.study.setting import Setting

@@ -11,6 +11,7 @@ from sfumato.diffusion.samplers import AUTO
 from sfumato.errors import JobError
 from sfumato.study.setting import Offline, Setting
 from sfumato.zoo import DISTILLED
+from sfumato.zoo.classes import FEW
 
 __all__ = ["CONTROL_4", "ORIGINAL", "OURS", "STUDIES", "TUNED", "Study", "Table", "study"]
 
@@ -47,14 +48,18 @@ def _few(steps: int, name: str = "ours", **more: Any) -> Setting:
 
 _AUTO, _DISTILLED = AUTO["embedded"], AUTO[DISTILLED]
 #: Our few-step settings by model: chosen on images of the exact network that no study draws (benchmarks/few_steps.py),
-#: and judged on others (docs/corrections.md). The second is of the network that has guidance in it.
+#: and judged on others (docs/corrections.md). The second is of the network that has guidance in it, or of a student,
+#: whose row is drawn where its weights are.
 OURS = {
     "embedded": (
         _few(_AUTO.steps, guidance=_AUTO.guidance, unguided=_AUTO.arguments["unguided_steps"]),
         _few(_DISTILLED.steps, "ours, distilled guidance", network="distilled"),
     ),
     "dit": (_few(10, guidance=2.75),),
-    "cifar10": (_few(10, guidance=3.0),),
+    "cifar10": (
+        _few(10, guidance=3.0),
+        Setting(name="ours, few-step student, 10 steps", steps=10, profile="fast", network=FEW),
+    ),
 }
 _OURS = (_few(5),)
 

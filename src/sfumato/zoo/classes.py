@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sfumato.zoo.dit import DiT
 from sfumato.zoo.unet import ClassUNet
 
 __all__ = [
+    "FEW",
     "KINDS",
     "NAMES",
     "TUNED",
@@ -24,14 +25,17 @@ __all__ = [
     "Kind",
     "load_class_model",
     "save_class_model",
+    "student_kind",
     "weights_path",
 ]
 
 _WEIGHTS = Path(__file__).resolve().parent / "weights"
 #: A variant's name before that of the profile whose functions it was tuned to.
 TUNED = "tuned-"
-#: Where a file keeps the processor seconds of tuning.
-_SPENT = "tuning_cpu_s"
+#: The variant that draws in a few steps, one call each (`sfumato.zoo.train.few`).
+FEW = "few"
+#: Where a file keeps the processor seconds of tuning; and a student's steps and the timestep of the last.
+_SPENT, _STEPS, _OFFSET = "tuning_cpu_s", "steps", "steps_offset"
 _LINEAR = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True,
     "set_alpha_to_one": False, "steps_offset": 1,
@@ -92,7 +96,8 @@ class ClassModel:
     """A trained model of a `Kind`. ``embeddings``: (classes, 1, width); ``null``: (1, 1, width), for no class.
 
     ``variant``: empty, or which other network of the same kind it is, such as ``"tuned-cipherdm"``, one that was tuned
-    to the functions of that profile; ``tuning_cpu_s``: processor seconds of that.
+    to the functions of that profile; ``tuning_cpu_s``: processor seconds of that. ``steps``: of a student, the only
+    number that it was taught.
     """
 
     name: str
@@ -101,10 +106,17 @@ class ClassModel:
     embeddings: Tensor = field(repr=False)
     variant: str = ""
     tuning_cpu_s: float | None = None
+    steps: int | None = None
 
     @property
     def null(self) -> Tensor:
         return torch.zeros_like(self.embeddings[:1])
+
+
+def student_kind(kind: Kind, steps_offset: int) -> Kind:
+    """The kind of a student (``FEW``): guidance is in it, its steps are DDIM's, the last at the timestep
+    ``steps_offset``."""
+    return replace(kind, scheduler={**kind.scheduler, "steps_offset": steps_offset}, guidance=None)
 
 
 def weights_path(name: str, folder: Path | None = None, variant: str = "") -> Path:
@@ -130,13 +142,17 @@ def load_class_model(name: str, folder: Path | None = None, variant: str = "") -
         embeddings = state.pop("embeddings")
         network.load_state_dict(state)
         spent = float(metadata[_SPENT]) if _SPENT in metadata else None
+        steps = int(metadata[_STEPS]) if variant == FEW else None
+        kind = student_kind(kind, int(metadata[_OFFSET])) if variant == FEW else kind
     except (KeyError, RuntimeError, ValueError):
         raise JobError(f"{path} does not hold the weights of {path.stem}; train them anew") from None
-    return ClassModel(name, kind, network.eval(), embeddings, variant, spent)
+    return ClassModel(name, kind, network.eval(), embeddings, variant, spent, steps)
 
 
 def _command(name: str, variant: str) -> str:
     """How to make weights that are not there."""
+    if variant == FEW:
+        return f"train them with python -m sfumato.zoo.train.few --model {name} --weights FOLDER --out FOLDER"
     profile = variant.removeprefix(TUNED)
     if profile == variant:
         return f"train them with python -m sfumato.zoo.train --classes {name} --data FOLDER --out FOLDER"
@@ -153,6 +169,10 @@ def save_class_model(model: ClassModel, folder: Path) -> Path:
     """Write the weights in half precision; the file."""
     state = {**model.network.state_dict(), "embeddings": model.embeddings}
     path = weights_path(model.name, folder, model.variant)
-    metadata = None if model.tuning_cpu_s is None else {_SPENT: f"{model.tuning_cpu_s:.1f}"}
-    save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path, metadata)
+    metadata = {} if model.tuning_cpu_s is None else {_SPENT: f"{model.tuning_cpu_s:.1f}"}
+    if model.steps is not None:
+        metadata |= {_STEPS: str(model.steps), _OFFSET: str(model.kind.scheduler["steps_offset"])}
+    save_file(
+        {key: value.detach().half().contiguous() for key, value in state.items()}, path, metadata or None
+    )
     return path

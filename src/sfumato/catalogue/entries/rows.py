@@ -51,6 +51,14 @@ ENTRIES = (
     Entry("puma.softmax", "softmax", "[PUMA] Alg. 2", "max, exp with 5 squarings above -14, one division a row",
           of.softmax_max, _LIMIT5, -8.0, 8.0, "chosen", **_SPU),
     Entry(
+        "ditto.softmax", "softmax", "[Ditto] 2.5; code d7b1e2c", "PUMA's, the division by 5 Goldschmidt steps",
+        of.softmax_max,
+        _softmax(exponential.exp_limit, {"n": 5, "cut": -14.0}, inverse.reciprocal_normalised,
+                 reciprocal_options={"signed": False, "steps": 5}, epsilon=1e-6),
+        -8.0, 8.0, "chosen", notes="the maximum is found in 32 bits with 8 of fraction, the rest in 64 with 18",
+        **_SPU,
+    ),
+    Entry(
         "cipherdm.softmax", "softmax", "[CipherDM], authors' code", "max, Chebyshev degree 7, division",
         of.softmax_max,
         _softmax(exponential.exp_chebyshev, {"coefficients": CHEXP, "cut": -14.0},

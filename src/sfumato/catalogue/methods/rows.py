@@ -22,6 +22,7 @@ __all__ = [
     "softmax_quad",
     "softmax_quad_goldschmidt",
     "softmax_relu",
+    "softmax_shifted",
 ]
 
 V = TypeVar("V")
@@ -40,6 +41,23 @@ async def softmax_max(
 ) -> V:
     """exp(x - max) times the reciprocal of its row sum."""
     moved = m.sub(x, m.spread(await m.row_max(x), x))
+    return await softmax_shifted(
+        m, moved, exp=exp, reciprocal=reciprocal, exp_options=exp_options,
+        reciprocal_options=reciprocal_options, epsilon=epsilon,
+    )  # fmt: skip
+
+
+async def softmax_shifted(
+    m: Machine[V],
+    moved: V,
+    *,
+    exp: Method,
+    reciprocal: Method,
+    exp_options: dict[str, Any],
+    reciprocal_options: dict[str, Any],
+    epsilon: float = 0.0,
+) -> V:
+    """The same of rows whose maximum has been subtracted."""
     if epsilon:
         moved = m.plus(moved, -epsilon)
     e: V = await exp(m, moved, **exp_options)

@@ -4,7 +4,7 @@ plan chooses."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +41,7 @@ class Options:
 
     ``margin``: the most that a calibrated range is widened without enough data, 1.25 by a quarter of its size on each
     side. ``risk``: probability with which one call of the plan leaves a widened range, by the tail model; 0 without a
-    model, then every range has the whole margin.
+    model, then every range has the whole margin. ``mixed``: calls have rings of their own, and read here theirs.
     """
 
     secret: str = "inputs"
@@ -50,6 +50,7 @@ class Options:
     ring: str = "Z64"
     margin: float = 1.25
     risk: float = 0.0
+    mixed: bool = False
 
 
 #: ``look(node, part, value)``: something inside a call that the certificate may sample; local.
@@ -64,6 +65,10 @@ class Context:
     options: Options
     choices: Mapping[str, Mapping[str, Any]]
     look: Look | None = None
+
+    def at(self, options: Options) -> Context:
+        """The same with the options of one call."""
+        return self if options is self.options else replace(self, options=options)
 
     @property
     def ring(self) -> Ring:

@@ -141,10 +141,22 @@ def _short(ctx: Context, node: Node) -> basic.Short | None:
     return None if words is None else basic.Short(*words)
 
 
+def _scales(ctx: Context, node: Node) -> basic.Scales:
+    """Scales that a mixed plan has given this call."""
+    return basic.Scales(*ctx.choice(node).get("scales", (None, None)))
+
+
+def _one_truncation(ctx: Context, node: Node, x: Value, y: Value) -> bool:
+    """Whether the fused operations of ``ops`` take these operands as they are."""
+    whole = any(isinstance(v, Shared) and v.frac == 0 for v in (x, y))
+    return _plain_scales(x, y) or (not whole and "scales" in ctx.choice(node))
+
+
 async def _matmul(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     x, y = args[0], args[1]
-    if _plain_scales(x, y) and len(x.shape) > 1 and len(y.shape) > 1:
-        return await basic.matmul(ctx.protocol, s, x, y, short=_short(ctx, node))
+    if _one_truncation(ctx, node, x, y) and len(x.shape) > 1 and len(y.shape) > 1:
+        scales = _scales(ctx, node)
+        return await basic.matmul(ctx.protocol, s, x, y, short=_short(ctx, node), scales=scales)
     return await product(ctx, s, kernels.matmul, x, y, node.shape)
 
 
@@ -155,7 +167,7 @@ async def _addmm(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
     p = ctx.protocol
     if beta != 1.0 and beta != 0.0:
         bias = await _times(ctx, s.fork("beta"), bias, beta)
-    if not _plain_scales(x, y):
+    if not _one_truncation(ctx, node, x, y):
         z = await product(ctx, s.fork("product"), kernels.matmul, x, y, node.shape)
         z = z if alpha == 1.0 else await basic.scale(p, s.fork("alpha"), z, alpha)
         return z if beta == 0.0 else basic.add(p, s, z, bias)
@@ -167,6 +179,7 @@ async def _addmm(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwarg
         factor=alpha,
         plus=None if beta == 0.0 else _at_plan_scale(ctx, bias),
         short=_short(ctx, node),
+        scales=_scales(ctx, node),
     )
 
 
@@ -176,11 +189,18 @@ async def _times(ctx: Context, s: Session, x: Any, c: float) -> Any:
     return x * c
 
 
+async def _scaled(ctx: Context, s: Session, node: Node, x: Shared, c: Any) -> Shared:
+    """A secret times a public factor, which in a mixed plan has the fraction bits that the call's range allows."""
+    return await basic.scale(ctx.protocol, s, _at_plan_scale(ctx, x), c, gain=_scales(ctx, node).gain)
+
+
 async def _linear(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     x, w = _at_plan_scale(ctx, args[0]), args[1]
     bias = args[2] if len(args) > 2 else None
     if isinstance(x, Shared):
-        return await basic.linear(ctx.protocol, s, x, w, bias, short=_short(ctx, node))
+        return await basic.linear(
+            ctx.protocol, s, x, w, bias, short=_short(ctx, node), scales=_scales(ctx, node)
+        )
     turned = ctx.protocol.linear(lambda part: part.transpose(-1, -2), w)
     z = await basic.matmul(ctx.protocol, s, x, turned)
     return z if bias is None else basic.add(ctx.protocol, s, z, bias)
@@ -222,7 +242,9 @@ async def _conv(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs
     bias = args[2] if len(args) > 2 else None
     geometry = _geometry(node, args)
     if isinstance(x, Shared):
-        return await basic.conv(ctx.protocol, s, x, w, bias, geometry, short=_short(ctx, node))
+        return await basic.conv(
+            ctx.protocol, s, x, w, bias, geometry, short=_short(ctx, node), scales=_scales(ctx, node)
+        )
     z = await product(ctx, s, geometry, x, w, node.shape)
     if bias is None:
         return z
@@ -320,15 +342,15 @@ async def _mul(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
         return await product(ctx, s, torch.mul, x, y, node.shape)
     if isinstance(y, Tensor) and not y.is_floating_point():
         return await product(ctx, s, torch.mul, x, y, node.shape)
-    return await basic.scale(ctx.protocol, s, _at_plan_scale(ctx, x), y)
+    return await _scaled(ctx, s, node, x, y)
 
 
 async def _div(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     """x / c for public c: IEEE division is the same on every machine, so the parties may invert c
     themselves."""
-    x, c = _at_plan_scale(ctx, args[0]), args[1]
+    x, c = args[0], args[1]
     inverse = 1.0 / (c.to(torch.float64) if isinstance(c, Tensor) else float(c))
-    return await basic.scale(ctx.protocol, s, x, inverse)
+    return await _scaled(ctx, s, node, x, inverse)
 
 
 def _public_divisor(node: Node, secret: tuple[bool, ...]) -> str | None:

@@ -23,6 +23,7 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     chosen,
     in_range,
     in_z64,
+    is_short,
     like,
     log_range,
     positive,
@@ -37,6 +38,7 @@ from sfumato.graph.handlers.nonlinear_ranges import (
 from sfumato.graph.program import Node
 from sfumato.ops import activation, basic, compare, elementary
 from sfumato.ops.fit import series_noise
+from sfumato.ops.tiles import elementwise
 from sfumato.protocol import cost
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
@@ -61,12 +63,13 @@ def _smooth(
         known = name if isinstance(name, str) else name(node)
         if known in ("log", "sqrt") and lo <= 0:  # a margin must not cross zero
             lo = _log_range(stats, options, "in", known)[0]
-        allowed = budget(options).smooth(stats.get("lo_scale", 1.0), options.frac)
+        allowed = budget(options).smooth(stats.get("lo_scale", 1.0), options.frac, short=is_short(options))
 
         def make() -> dict[str, Any]:
             plan = activation.plan_smooth(
-                known, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in")
-            )
+                known, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in"),
+                ring_bits=32 if is_short(options) else 64,
+            )  # fmt: skip
             series, ends = plan.series, torch.linspace(plan.series.lo, plan.series.hi, 257)
             largest = float(series(ends).abs().max())
             return {
@@ -79,13 +82,37 @@ def _smooth(
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
         plan = activation.SmoothPlan.from_dict(ctx.choice(node)["plan"])
-        x = await in_z64(ctx, s.fork("in"), args[0])
+        # A series that was planned for a mixed plan's Z32 takes it as it is; clips compare in Z64.
+        direct = plan.method == "series" and is_short(ctx.options)
+        x = args[0] if direct else await in_z64(ctx, s.fork("in"), args[0])
         return await like(
             ctx, s.fork("out"), await activation.smooth(ctx.protocol, s.fork("smooth"), x, plan)
         )
 
     measure = positive if name == "log" else in_range
     return Handler(run, measure, choose, None if supports is None else lambda node, secret: supports(node))
+
+
+def _choose_quad(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    bits, frac = (32 if is_short(options) else 64), options.frac
+    largest = (bound_of(node, stats, options) + 1.0) ** 2
+    return {
+        "method": "square", "range": [*range_of(node, stats, options)], "error": 2.0**-frac,
+        "bits": cost.bits("bilinear_truncate", k=bits, f=frac + 3), "headroom": bits - 2 - room(largest, 2 * frac),
+    }  # fmt: skip
+
+
+async def _quad(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """((x + 1)^2 + 3) / 8: one square, whose truncation divides by 8, too."""
+    p = ctx.protocol
+    x = args[0] if is_short(ctx.options) else await in_z64(ctx, s.fork("in"), args[0])
+    moved = p.add_public(s, x, p.encode(x, 1.0))
+
+    async def step(child: Session, piece: Shared) -> Shared:
+        return await p.bilinear_truncate(child, torch.mul, piece, piece, piece.frac + 3)
+
+    y = (await elementwise(p, s.fork("square"), step, moved)).viewed(x.frac)
+    return await like(ctx, s.fork("out"), p.add_public(s, y, p.encode(y, 0.375)))
 
 
 def _log_range(stats: Stats, options: Options, key: str, what: str) -> tuple[float, float]:
@@ -404,6 +431,7 @@ ELEMENTWISE: dict[str, Handler] = {
     },
     "aten.gelu.default": _smooth(_which_gelu),
     "sfumato.quick_gelu": _smooth("quick_gelu"),
+    "sfumato.quad": Handler(_quad, in_range, _choose_quad),
     "aten.softplus.default": _smooth("softplus", _unit_softplus),
     "aten.log_sigmoid.default": _smooth("logsigmoid"),
     "aten.elu.default": _smooth("elu", _unit_elu),

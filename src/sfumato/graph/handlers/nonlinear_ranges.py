@@ -27,6 +27,7 @@ __all__ = [
     "chosen",
     "in_range",
     "in_z64",
+    "is_short",
     "like",
     "log_range",
     "positive",
@@ -52,20 +53,30 @@ class Budget:
 
     Results of one call share a scale (the root of their mean square in the calibration run where it was smallest), so
     the planners get largest errors: a fit that ripples evenly has half of its largest error on average. No call is
-    asked for more than four units of the plan's last bit.
+    asked for more than four units of the plan's last bit, or one of the few that a value in Z32 has. ``words``: the
+    same for a call in the narrow ring of a mixed plan, where the rounding of its operands counts.
     """
 
     relative: float
+    words: float
 
     @property
     def largest(self) -> float:
         """Relative largest error of an exponential, or of a reciprocal that multiplies a row."""
         return 2.0 * self.relative
 
-    def smooth(self, scale: float, frac: int) -> float:
+    def of_rows(self, *, short: bool) -> float:
+        """Relative largest error of the weights of a row."""
+        return 2.0 * self.words if short else self.largest
+
+    def smooth(self, scale: float, frac: int, *, short: bool = False) -> float:
         """Absolute largest error of a function whose results have this scale."""
         known = short_down(scale) if scale > 0.0 else 0.0
-        return max(self.largest * known, 2.0 ** (2 - frac))
+        return (
+            max(2.0 * self.words * known, 2.0**-frac)
+            if short
+            else max(self.largest * known, 2.0 ** (2 - frac))
+        )
 
     def band(self, scale: float) -> float:
         """How close to zero a comparison may err. A value in [0, band) that is taken for a negative one costs as much
@@ -74,7 +85,7 @@ class Budget:
         return (3.0 * self.relative**2) ** (1.0 / 3.0) * scale
 
 
-_BUDGETS = {"precise": Budget(1e-4), "fast": Budget(1e-3)}
+_BUDGETS = {"precise": Budget(1e-4, 5e-4), "fast": Budget(1e-3, 4e-3)}
 
 
 def budget(options: Options) -> Budget:
@@ -217,6 +228,12 @@ def chosen(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return make()
     except RangeError as error:
         raise CaptureError(str(error)) from error
+
+
+def is_short(options: Options) -> bool:
+    """Whether a call works in the narrow ring of a mixed plan. A plan that is in Z32 as a whole has calls of the rows
+    compute in Z64."""
+    return options.mixed and options.ring == "Z32"
 
 
 async def in_z64(ctx: Context, s: Session, x: Any) -> Any:

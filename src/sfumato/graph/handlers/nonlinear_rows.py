@@ -20,6 +20,7 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     chosen,
     in_range,
     in_z64,
+    is_short,
     like,
     log_range,
     range_of,
@@ -33,9 +34,10 @@ from sfumato.graph.handlers.nonlinear_ranges import (
 from sfumato.graph.program import Node
 from sfumato.ops import attention, compare, norm
 from sfumato.ops.basic import neg
+from sfumato.ops.winner import argmax_one_hot
 from sfumato.protocol import cost
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Z32, Shared
 
 __all__ = ["ROWS"]
 
@@ -56,6 +58,7 @@ def _norm_stats(rows: Tensor, eps: float, centre: bool) -> Measured:
     reach = (d / square.sqrt()).abs().max()
     return {
         "log_square": square.clamp_min(_LEAST_SQUARE).log2(), "hi_reach": float(reach),
+        "hi_deviation": float(d.abs().max()), "in": rows,
         "hi_count": float(rows.shape[-1]),
     }  # fmt: skip
 
@@ -100,27 +103,30 @@ def _choose_norm(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
     eps = _rms_eps(node.args, node.kwargs) if rms else _group_eps(node.args, node.kwargs)
     low, high = log_range(stats, "log_square", options)
     reach, count = options.margin * 2 * stats["hi_reach"], int(stats["hi_count"])
-    allowed = budget(options).relative
+    allowed, short = budget(options).relative, is_short(options)
 
     def make() -> dict[str, Any]:
         plan = norm.plan_norm(
             count, max(low - eps, 0.0), max(high - eps, 1e-9), eps,
             reach=short_up(reach) if reach > 0 else 0.0, gain=stats.get("hi_gain", 1.0), frac=options.frac,
-            tolerance=allowed,
+            tolerance=allowed, ring_bits=32 if short else 64,
         )  # fmt: skip
-        product = cost.bits("bilinear_truncate", k=64, f=options.frac)
+        product = cost.bits("bilinear_truncate", k=32 if short else 64, f=options.frac)
         squares = high * math.ceil(count / plan.chunks)
         return {
             "method": "buckets" if plan.inverse.buckets else "series", "error": plan.inverse.error,
             "bits": product + (plan.inverse.bits + 2 * product) / count,
-            "headroom": 62 - room(squares, 2 * options.frac), "plan": plan.to_dict(),
+            "headroom": (30 if short else 62) - room(squares, 2 * options.frac), "plan": plan.to_dict(),
             "inside": {"square": [plan.inverse.lo, plan.inverse.hi, plan.square_frac(options.frac)]},
+            **({"range": [*widened(stats, "in", options)]} if short else {}),
         }  # fmt: skip
 
     return chosen(make)
 
 
 async def _affine(ctx: Context, s: Session, *values: Any) -> list[Any]:
+    if is_short(ctx.options):
+        return list(values)
     return [await in_z64(ctx, s.fork(f"in{i}"), v) for i, v in enumerate(values)]
 
 
@@ -174,28 +180,42 @@ def _measure_softmax(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
 
 
 def _choose_rows(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    return _planned_rows(node, stats, options, masked=False)
+
+
+def _choose_masked(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    """The range reaches as far down as masked scores are lowered."""
+    return _planned_rows(node, stats, options, masked=True)
+
+
+def _planned_rows(node: Node, stats: Stats, options: Options, *, masked: bool) -> dict[str, Any]:
     seen(node, stats, "score")
     lo, hi = widened(stats, "score", options)
     row_lo, row_hi = widened(stats, "row", options)
     row_lo, row_hi = max(row_lo, lo), min(row_hi, hi)
     value, count = options.margin * stats.get("hi_value", 1.0), int(stats["hi_count"])
     reach = short_up(value) if value > 0 else value
+    # The largest score, masked, in the row with the smallest maximum: all of them together weigh the tolerance.
+    allowed = budget(options).of_rows(short=is_short(options))
+    lowered = short_up(hi - row_lo + math.log(count / allowed)) if masked else 0.0
+    lo -= lowered
 
     def make() -> dict[str, Any]:
         plan = attention.plan_softmax(
-            count, lo, hi, row_lo, row_hi, reach=reach, frac=options.frac, tolerance=budget(options).largest
-        )
+            count, lo, hi, row_lo, row_hi, reach=reach, frac=options.frac, short=is_short(options),
+            tolerance=allowed,
+        )  # fmt: skip
         product = cost.bits("bilinear_truncate", k=64, f=options.frac)
         search = cost.bits("select_negative", k=64, m=compare.WINDOW_BITS) if plan.method == "max" else 0
         heaviest = count * math.exp(plan.exp.hi) * max(reach, 1.0)
         inside = {
-            "scores": [plan.exp.lo, plan.exp.hi, options.frac],
+            "scores": [plan.exp.lo, plan.exp.hi, options.frac, *(("Z32",) if is_short(options) else ())],
             "sums": [plan.inverse.lo, plan.inverse.hi, plan.exp.frac],
         }
         return {
             "method": plan.method, "error": plan.exp.error, "bits": plan.exp.bits + search + product,
             "headroom": 62 - room(heaviest, plan.exp.frac + options.frac), "plan": plan.to_dict(),
-            "inside": inside,
+            "inside": inside, **({"lowered": lowered} if masked else {}),
         }  # fmt: skip
 
     return chosen(make)
@@ -210,19 +230,47 @@ async def _softmax(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwa
     return await like(ctx, s.fork("out"), y)
 
 
-def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
-    q, k, v = (t.to(torch.float64) for t in args[:3])
+def _scores(args: Args, kwargs: Kwargs) -> Tensor:
+    q, k = (t.to(torch.float64) for t in args[:2])
     if argument(args, kwargs, 7, "enable_gqa", False):
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     scale = argument(args, kwargs, 6, "scale")
-    scores = q @ k.transpose(-1, -2) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+    scores: Tensor = q @ k.transpose(-1, -2)
+    return scores * (1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale))
+
+
+def _measure_masked(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
+    """All scores, which are computed before the mask, and the maxima of what it lets through."""
+    scores = _scores(args, kwargs)
+    return {
+        **_row_stats(scores, None), "row": scores.masked_fill(args[3] < 0.5, -math.inf).amax(-1),
+        "hi_value": float(args[2].abs().max()),
+    }  # fmt: skip
+
+
+def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
+    scores = _scores(args, kwargs)
     mask, allowed = argument(args, kwargs, 3, "attn_mask"), None
     if isinstance(mask, Tensor):
         allowed, bias = attention.split_mask(mask)
         scores = scores if bias is None else scores + bias
     if argument(args, kwargs, 5, "is_causal", False):
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return {**_row_stats(scores, allowed), "hi_value": float(v.abs().max())}
+    return {**_row_stats(scores, allowed), "hi_value": float(args[2].abs().max())}
+
+
+async def _masked_attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """Attention with a secret mask of 0/1 words."""
+    plan = attention.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
+    q, k, v = await _affine(ctx, s, *args[:3])
+    ring = next(x.ring for x in (q, k) if isinstance(x, Shared))
+    scale, mask = kwargs.get("scale"), await ctx.protocol.cast(s.fork("mask"), args[3], ring)
+    y = await attention.attention(
+        ctx.protocol, s.fork("attention"), q, k, v, plan, scale=None if scale is None else float(scale),
+        grouped=bool(kwargs.get("enable_gqa")), hidden=(mask, float(ctx.choice(node)["lowered"])),
+        look=ctx.watching(node),
+    )  # fmt: skip
+    return await like(ctx, s.fork("out"), y)
 
 
 async def _attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -320,7 +368,8 @@ def _extreme(largest: bool, index: bool) -> Handler:
 
     async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
         p, bound = ctx.protocol, float(ctx.choice(node)["bound"])
-        x = await in_z64(ctx, s.fork("in"), args[0])
+        given = s.fork("in")
+        x = await _compared(ctx, given, args[0], bound) if index else await in_z64(ctx, given, args[0])
         x = x if largest else neg(p, x)
         dims = _dims(argument(args, kwargs, 1, "dim"), len(x.shape))
         others = [d for d in range(len(x.shape)) if d not in dims]
@@ -331,6 +380,22 @@ def _extreme(largest: bool, index: bool) -> Handler:
         return await like(ctx, s.fork("out"), p.linear(lambda part: part.reshape(node.shape), y))
 
     return Handler(run, in_range, _window_choice(index))
+
+
+async def _compared(ctx: Context, s: Session, x: Shared, bound: float) -> Shared:
+    """Values in Z32 where their differences fit, for choices that drop the values: words are half as long there."""
+    x = await in_z64(ctx, s, x)
+    return await ctx.protocol.cast(s.fork("short"), x, Z32) if bound * 2.0**x.frac < 2.0**30 else x
+
+
+async def _argmax_one_hot(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """0/1 words in the plan's ring, without fraction bits."""
+    choice, bound = ctx.choice(node), float(ctx.choice(node)["bound"])
+    x = await _compared(ctx, s.fork("in"), args[0], bound)
+    hot = await argmax_one_hot(
+        ctx.protocol, s.fork("find"), x, int(args[1]), bound, bits=int(choice["window"])
+    )
+    return await like(ctx, s.fork("out"), hot)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -347,6 +412,8 @@ ROWS: dict[str, Handler] = {
     "aten.scaled_dot_product_attention.default": Handler(
         _attention, _measure_attention, _choose_rows, _supports_attention
     ),
+    "sfumato.masked_attention": Handler(_masked_attention, _measure_masked, _choose_masked),
+    "sfumato.argmax_one_hot": Handler(_argmax_one_hot, in_range, _window_choice(True)),
     "aten.max_pool2d.default": Handler(_max_pool, in_range, _window_choice(False), _no_ceil),
     "aten.amax.default": _extreme(True, False),
     "aten.amin.default": _extreme(False, False),

@@ -13,9 +13,10 @@ from sfumato.graph.evaluate import resolve
 from sfumato.graph.handlers.kinds import Context, Handler
 from sfumato.graph.program import Node
 from sfumato.ops import basic
+from sfumato.ops.attention import FORBIDDEN, score_masks
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
-from sfumato.types import Shared
+from sfumato.types import Z32, Z64, Shared
 
 __all__ = ["HANDLERS_SHAPES", "local", "tensors_of"]
 
@@ -237,6 +238,34 @@ async def _masked_fill(ctx: Context, s: Session, node: Node, args: Args, kwargs:
     return await _where(ctx, s, node, (mask, value, x), {})
 
 
+async def _masked_scores(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """scores (..., L, S) with a public mask: what it forbids becomes :data:`FORBIDDEN`."""
+    x, mask, causal = args
+    allowed, bias = score_masks(tuple(x.shape[-2:]), mask, bool(causal))
+    if bias is not None:
+        x = ctx.protocol.add_public(s, x, ctx.protocol.encode(x, bias))
+    if allowed is None:
+        return x
+    return await _where(ctx, s, node, (allowed, x, FORBIDDEN), {})
+
+
+# ---- rings -------------------------------------------------------------------------------------------------
+
+
+async def _shorten(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """Into Z32, the components rounded apart; whole numbers keep their words. Local."""
+    x, p = args[0], ctx.protocol
+    if x.frac == 0:
+        return await p.cast(s, x, Z32)
+    return p.shorten(s, p.lift(x, max(x.frac, ctx.frac)), ctx.frac)
+
+
+async def _widen(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """Into Z64, exact: 2 rounds, 162 bits an element."""
+    wide = await ctx.protocol.cast(s, args[0], Z64)
+    return wide if wide.frac == 0 else ctx.protocol.lift(wide, ctx.frac)
+
+
 def _finite_fill(node: Node, secret: tuple[bool, ...]) -> str | None:
     huge = [a for a in node.args if isinstance(a, float) and abs(a) > 2**20]
     if huge:
@@ -267,6 +296,9 @@ _GATHERED = (
 _PAD_BY_POSITION = _gathered("aten.pad.default")
 
 HANDLERS_SHAPES: dict[str, Handler] = {
+    "sfumato.masked_scores": Handler(_masked_scores, local=True),
+    "sfumato.shorten": Handler(_shorten, local=True),
+    "sfumato.widen": Handler(_widen),
     **{f"aten.{name}": _moves(f"aten.{name}") for name in _MOVES},
     **{f"aten.{name}": _gathered(f"aten.{name}") for name in _GATHERED},
     "aten.embedding.default": _with_index("aten.embedding.default", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -42,6 +43,13 @@ class Labelled(nn.Module):
         self.network = kind.network()
         self.table = nn.Embedding(len(kind.labels), self.network.label_width)
         nn.init.normal_(self.table.weight, std=0.02)
+
+    @torch.no_grad()
+    def copying(self, known: ClassModel) -> Self:
+        """This one, with the weights of a trained model of its kind."""
+        self.network.load_state_dict(known.network.state_dict())
+        self.table.weight.copy_(known.embeddings[:, 0])
+        return self
 
     def forward(self, noisy: Tensor, times: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
         label = self.table(labels) * kept[:, None]

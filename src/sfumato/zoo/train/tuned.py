@@ -29,9 +29,7 @@ class _Tuned(Labelled):
 
     def __init__(self, known: ClassModel) -> None:
         super().__init__(known.kind)
-        self.network.load_state_dict(known.network.state_dict())
-        with torch.no_grad():
-            self.table.weight.copy_(known.embeddings[:, 0])
+        self.copying(known)
         self.register_buffer("spent_ms", torch.zeros((), dtype=torch.int64))
 
 

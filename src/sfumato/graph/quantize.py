@@ -1,0 +1,368 @@
+"""The pass of mixed plans: ring and fraction bits of every secret value, with the casts that follow.
+
+A call works in one ring: in Z32 where its calibrated range and the scheme allow it, else in Z64. Activations in Z32
+share one scale, so that sums need no cast; each weight gets the most fraction bits that the sums of its product leave.
+Values that calls in both rings use are cast once. A call that a scheme wants in Z32 without room there is refused by
+name, or left in Z64 where the scheme is ours.
+
+Source: [Ditto] 2.2 to 2.4 for casts between rings and the map of layers; scales from ranges are our own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sfumato.errors import JobError
+from sfumato.graph.calibrate import Calibration
+from sfumato.graph.formats import Format
+from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
+from sfumato.graph.places import Place, Placed
+from sfumato.graph.program import Node, Program, Ref, map_refs
+from sfumato.ops.attention import WEIGHT_FRAC
+from sfumato.protocol import cost
+
+__all__ = ["SCHEMES", "Quantized", "Scheme", "quantize"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a profile mixes rings.
+
+    ``frac``: fraction bits of activations in Z32, and ``least`` if the squares of a norm ask for fewer; ``weights``:
+    the most that weights get there. Rounding of operands may cost a product what the profile's budget says.
+    ``fixed``: a paper's map; a range without room is refused then instead of left in Z64. ``expand``: attention call by
+    call. ``short``: targets that go into Z32.
+    """
+
+    frac: int
+    least: int
+    weights: int
+    short: frozenset[str]
+    fixed: bool = False
+    expand: bool = False
+
+
+_PRODUCTS = {
+    "aten.linear.default": (0, 1, 2), "aten.addmm.default": (1, 2, 0), "aten.matmul.default": (0, 1),
+    "aten.mm.default": (0, 1), "aten.bmm.default": (0, 1), "aten.conv1d.default": (0, 1, 2),
+    "aten.conv2d.default": (0, 1, 2),
+}  # fmt: skip
+_FACTORS = frozenset(
+    ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.true_divide.Tensor")
+)
+_SUMS = frozenset(
+    ("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar",
+     "aten.neg.default")
+)  # fmt: skip
+_CURVES = frozenset(
+    ("aten.gelu.default", "aten.silu.default", "aten.tanh.default", "aten.sigmoid.default",
+     "sfumato.quick_gelu", "sfumato.quad")
+)  # fmt: skip
+_NORMS = {"aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,)}
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_LINEAR = frozenset(_PRODUCTS) | _FACTORS | _SUMS | {"sfumato.masked_scores"}
+
+#: By profile: those that can mix rings.
+SCHEMES: Mapping[str, Scheme] = {
+    "ditto": Scheme(
+        8, 8, 8, _LINEAR | {"aten.gelu.default", "sfumato.quad", "aten.softmax.int"}, fixed=True, expand=True
+    ),
+    "fast": Scheme(11, 8, 15, _LINEAR | _CURVES | {*_NORMS, _ATTENTION}),
+    "precise": Scheme(13, 12, 16, _LINEAR | _CURVES | {*_NORMS, _ATTENTION}),
+}
+#: Bits below the ring's for |sums|: a quarter of the ring, as truncation asks.
+_SPARE = 2
+#: How far a sum in Z32 may pass the largest one that calibration saw; watched.
+_SUM_SLACK = 2.0
+#: How far a value in Z32 may pass the largest one, where it is no sum.
+_VALUE_SLACK = 8.0
+#: Deviations of a shortened entry and of a truncated one, in units.
+_ROUNDED, _TRUNCATED = 0.5, 0.41
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The program with casts, a format for each of its secret values, and what that says of single calls' choices."""
+
+    placed: Placed
+    formats: Mapping[str, Format]
+    choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def quantize(placed: Placed, measured: Calibration, options: Options, scheme: Scheme) -> Quantized:
+    """Formats by ``scheme`` from calibrated ranges, and casts where calls of different rings meet.
+
+    Raises:
+        JobError: a range without room in Z32 under a fixed scheme; names every such call.
+    """
+    return _Quantizer(placed, measured, options, scheme).run()
+
+
+class _Quantizer:
+    """One walk to decide, one to write the casts."""
+
+    def __init__(self, placed: Placed, measured: Calibration, options: Options, scheme: Scheme) -> None:
+        self.placed, self.measured, self.options, self.scheme = placed, measured, options, scheme
+        self.long = Format("Z64", options.frac)
+        self.nodes = {n.name: n for n in placed.program.nodes}
+        self.secret = {n.name for n in placed.program.nodes if placed.places[n.name] is Place.SECRET}
+        self.formats: dict[str, Format] = {}
+        self.choices: dict[str, dict[str, Any]] = {}
+        self.wants: dict[str, dict[str, Format]] = {}  # by call: the format of each argument
+        self.refused: list[str] = []
+        self.frac = scheme.frac if scheme.fixed else self._common_frac()
+        self.short = Format("Z32", self.frac)
+
+    def _common_frac(self) -> int:
+        """Fraction bits of activations with which a square of each norm's deviations fits, where so many are enough."""
+        fits = [15 - _bits(self._deviation(n)) for n in self.nodes.values() if n.target in _NORMS]
+        return min([self.scheme.frac, *(max(f, self.scheme.least) for f in fits)])
+
+    def _deviation(self, node: Node) -> float:
+        """The largest |x - mean| of a norm in future runs."""
+        return self.measured.of(node).get("hi_deviation", math.inf) * self.options.margin
+
+    def run(self) -> Quantized:
+        nodes = [n for n in self.placed.program.nodes if n.name in self.secret]
+        for node in nodes:
+            self._decide(node)
+        if self.refused:
+            raise JobError(
+                f"{len(self.refused)} calls leave Z32: {'; '.join(self.refused)}; use another profile or model"
+            )
+        asked: dict[str, set[Format]] = {}
+        for node in nodes:
+            for name, format in self.wants[node.name].items():
+                asked.setdefault(name, set()).add(format)
+        for name, formats in asked.items():
+            if name not in self.formats:  # from outside: shared as it is used
+                wide = [format for format in formats if format.ring == "Z64"]
+                self.formats[name] = max(wide) if wide else min(formats)
+        return self._written()
+
+    # ---- decisions -----------------------------------------------------------------------------------------
+
+    def _decide(self, node: Node) -> None:
+        arguments = [name for name in node.refs() if self._is_secret(name)]
+        if HANDLERS[node.target].local and node.target not in self.scheme.short:
+            format = next((self.formats[n] for n in arguments if n in self.formats), self.long)
+            if all(self._is_whole(n) for n in arguments):
+                format = format._replace(frac=0)
+            wants = dict.fromkeys(arguments, format)
+        elif node.target in self.scheme.short and (found := self._in_z32(node, arguments)) is not None:
+            format, wants = found
+        else:
+            format = self.long
+            wants = {n: self.long._replace(frac=0) if self._is_whole(n) else self.long for n in arguments}
+        self.formats[node.name], self.wants[node.name] = format, wants
+
+    def _is_secret(self, name: str) -> bool:
+        return self.placed.places[name] is not Place.PUBLIC
+
+    def _is_whole(self, name: str) -> bool:
+        """A 0/1 value of the client: words without fraction bits."""
+        if name in self.formats:
+            return self.formats[name].frac == 0
+        node = self.nodes.get(name)
+        return node is not None and node.target in _WHOLE
+
+    def _in_z32(self, node: Node, arguments: list[str]) -> tuple[Format, dict[str, Format]] | None:
+        """The call's format and its arguments' in Z32, or None where it has to stay in Z64."""
+        highest = self.measured.of(node).get("hi_out", math.inf)
+        wants = dict.fromkeys(arguments, self.short)
+        problem = None
+        if node.target in _PRODUCTS:
+            problem = self._product(node, wants)
+        elif node.target in _FACTORS:
+            problem = self._factor(node, arguments, highest)
+        elif node.target == "sfumato.quad":
+            problem = self._square(node)
+        elif node.target in _NORMS:
+            problem = self._norm(node, wants)
+        elif node.target == _ATTENTION:
+            problem = self._attention(node, wants)
+        if problem is None and _bits(highest * _VALUE_SLACK) + self.frac > 30:
+            problem = f"reaches {highest:.3g}"
+        if problem is None and not self.scheme.fixed:
+            scale = self.measured.of(node).get("lo_scale", 0.0)
+            if _TRUNCATED * 2.0**-self.frac > budget(self.options).words * scale:
+                problem = f"has results of {scale:.1g}, too small for {self.frac} fraction bits"
+        if problem is None:
+            return self.short, wants
+        if self.scheme.fixed:
+            self.refused.append(f"{node.name} ({node.module_path or 'the root'}) {problem}")
+        self.choices.pop(node.name, None)
+        return None
+
+    def _product(self, node: Node, wants: dict[str, Format]) -> str | None:
+        """Scales of a product's operands, into ``wants`` and the choices; a problem in words."""
+        stats, scheme = self.measured.of(node), self.scheme
+        operands = [node.args[i] for i in _PRODUCTS[node.target] if i < len(node.args)]
+        x, w = operands[0], operands[1]
+        bias = operands[2].name if len(operands) > 2 and isinstance(operands[2], Ref) else None
+        highest = stats.get("hi_out", math.inf)
+        if not math.isfinite(highest) or "hi_left" not in stats:
+            return "was not calibrated"
+        if any(self._is_whole(ref.name) for ref in (x, w)):
+            for ref in (x, w):
+                wants[ref.name] = self.short._replace(frac=0) if self._is_whole(ref.name) else self.short
+            return None  # rows picked by ones: exact
+        room = 32 - _SPARE - _bits(highest * _SUM_SLACK)
+        fixed = {ref.name: ref.name in self.formats for ref in (x, w)}  # computed before: at the common scale
+        fracs = []
+        for ref, side in ((x, "left"), (w, "right")):
+            own = 31 - _bits(stats[f"hi_{side}"] * _SUM_SLACK)
+            fracs.append(self.frac if fixed[ref.name] or scheme.fixed else min(scheme.weights, own))
+        spare = room - sum(fracs)
+        if spare < 0:
+            free = [i for i, ref in enumerate((x, w)) if not fixed[ref.name] and not scheme.fixed]
+            if not free or fracs[free[-1]] + spare < 1:
+                return f"sums to {highest:.3g}, beyond {2.0 ** (30 - sum(fracs)) / _SUM_SLACK:.3g}"
+            fracs[free[-1]] += spare
+        noise = _ROUNDED * math.hypot(*(
+            2.0**-frac / max(stats.get(f"hi_{side}_scale", 0.0), 2.0**-40)
+            for frac, side in zip(fracs, ("left", "right"), strict=True)
+        ))  # fmt: skip
+        if (noise > budget(self.options).words and not scheme.fixed) or sum(fracs) < self.frac:
+            return f"would lose {noise:.1%} to rounding"
+        for ref, frac in zip((x, w), fracs, strict=True):
+            if ref.name in wants:
+                wants[ref.name] = Format("Z32", frac)
+        if bias in wants:
+            wants[bias] = Format("Z32", min(sum(fracs), 30 - _bits(self._size(bias))))
+        bound = short_up(max(highest, 2.0**-6) * _SUM_SLACK)
+        public = next((f for ref, f in zip((x, w), fracs, strict=True) if ref.name not in wants), None)
+        drop = sum(fracs) - self.frac
+        move = "bilinear_truncate" if public is None else "linear_truncate"
+        self.choices[node.name] = {
+            "method": "Z32 product", "error": noise if math.isfinite(noise) else 0.0, "sum": bound,
+            "scales": [self.frac, public], "bits": cost.bits(move, k=32, f=drop),
+            "headroom": room - sum(fracs),
+        }  # fmt: skip
+        return None
+
+    def _factor(self, node: Node, arguments: list[str], highest: float) -> str | None:
+        """Elementwise products and factors: the sum of scales has to leave the result its room."""
+        room = 32 - _SPARE - _bits(highest * _SUM_SLACK) - self.frac
+        if len(arguments) > 1:
+            return None if room >= self.frac else f"multiplies up to {highest:.3g}"
+        if room < 6:
+            return f"scales up to {highest:.3g}"
+        self.choices[node.name] = {"method": "Z32 factor", "scales": [None, min(room, 20)]}
+        return None
+
+    def _square(self, node: Node) -> str | None:
+        """(x + 1)^2 has to fit before it is truncated."""
+        stats = self.measured.of(node)
+        largest = (
+            max(abs(stats.get("lo_in", math.inf)), abs(stats.get("hi_in", math.inf))) * self.options.margin
+            + 1
+        )
+        return f"squares {largest:.3g}" if 2 * (_bits(largest) + self.frac) > 30 else None
+
+    def _norm(self, node: Node, wants: dict[str, Format]) -> str | None:
+        """A square of each deviation has to fit, and its product with gamma, which gets the bits that are left."""
+        deviation, stats = self._deviation(node), self.measured.of(node)
+        if not math.isfinite(deviation) or 2 * (_bits(deviation) + self.frac) > 30:
+            return f"normalises deviations of {deviation:.3g}"
+        least = 2.0 ** (stats.get("lo_log_square", math.inf) / 2)
+        if _ROUNDED * 2.0**-self.frac > budget(self.options).words * least:
+            return f"normalises deviations of {least:.1g}, too small for {self.frac} fraction bits"
+        spare = 30 - self.frac - _bits(deviation * max(stats.get("hi_gain", 1.0), 1.0))
+        gamma, *_ = (node.args[i] if i < len(node.args) else None for i in _NORMS[node.target])
+        if isinstance(gamma, Ref) and gamma.name in wants:
+            if spare < 6:
+                return f"scales deviations of {deviation:.3g}"
+            wants[gamma.name] = Format("Z32", min(14, spare))
+        return None
+
+    def _attention(self, node: Node, wants: dict[str, Format]) -> str | None:
+        """Products of queries and keys, and of weights and values, have to fit; all three are secret."""
+        stats = self.measured.of(node)
+        if len({ref.name for ref in node.args[:3]} & set(wants)) < len({ref.name for ref in node.args[:3]}):
+            return "reads a public operand"
+        scale = argument(node.args, node.kwargs, 6, "scale")
+        width = self.placed.program.types[node.args[0].name][0][-1]
+        factor = width**-0.5 if scale is None else float(scale)
+        scores = max(abs(stats.get("lo_score", math.inf)), abs(stats.get("hi_score", math.inf)))
+        if _bits(_SUM_SLACK * scores / factor) + 2 * self.frac > 30:
+            return f"has scores of {scores:.3g}"
+        if _bits(_SUM_SLACK * stats.get("hi_value", math.inf)) + self.frac + WEIGHT_FRAC > 30:
+            return f"weighs values of {stats['hi_value']:.3g}"
+        return None
+
+    def _size(self, name: str) -> float:
+        """The largest entry of a weight, known or not."""
+        tensor = self.placed.program.weights.get(name)
+        return float(tensor.abs().max()) if tensor is not None and tensor.numel() else 2.0**4
+
+    # ---- casts ---------------------------------------------------------------------------------------------
+
+    def _written(self) -> Quantized:
+        program, nodes, made = self.placed.program, list[Node](), dict[tuple[str, Format], str]()
+        places = dict(self.placed.places)
+        types = program.types
+        for node in program.nodes:
+            wants = self.wants.get(node.name, {})
+            renamed: dict[str, str] = {}
+            for name, format in wants.items():
+                have = self.formats[name]
+                if have == format or _reads(have, format):
+                    continue
+                key = (name, format)
+                if key not in made:
+                    cast = _cast(name, have, format, node.module_path, types[name])
+                    made[key] = cast.name
+                    nodes.append(cast)
+                    places[cast.name], self.formats[cast.name] = Place.SECRET, format
+                renamed[name] = made[key]
+            nodes.append(_with_refs(node, renamed) if renamed else node)
+        placed = replace(
+            self.placed, program=replace(program, nodes=tuple(nodes)), places=places,
+            per_call=self.placed.per_call | {made[key] for key in made},
+        )  # fmt: skip
+        self._check(placed.program)
+        return Quantized(placed, self.formats, self.choices)
+
+    def _check(self, program: Program) -> None:
+        """Nothing is built in which a call meets words of another ring."""
+        for node in program.nodes:
+            if node.name not in self.secret:
+                continue
+            rings = {self.formats[name].ring for name in node.refs() if name in self.formats}
+            assert len(rings) <= 1, f"{node.name} would read values of {sorted(rings)}"
+
+
+_WHOLE = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
+
+
+def _reads(have: Format, want: Format) -> bool:
+    """Whether a value serves as it is: same ring, and its scale is lifted where it is used."""
+    return have.ring == want.ring and (have.ring == "Z64" or have.frac <= want.frac)
+
+
+def _cast(name: str, have: Format, want: Format, path: str, type: tuple[Any, Any]) -> Node:
+    target = "sfumato.shorten" if want.ring == "Z32" else "sfumato.widen"
+    if have.ring == want.ring:
+        raise AssertionError(f"{name} has {have} where {want} is read, and no cast keeps the ring")
+    return Node(
+        f"{name}_{want.ring.lower()}f{want.frac}", target, (Ref(name), want.ring, want.frac), {}, path, *type
+    )
+
+
+def _with_refs(node: Node, renamed: Mapping[str, str]) -> Node:
+    def new(name: str) -> Ref:
+        return Ref(renamed.get(name, name))
+
+    return replace(
+        node, args=map_refs(node.args, new), kwargs={k: map_refs(v, new) for k, v in node.kwargs.items()}
+    )
+
+
+def _bits(size: float) -> int:
+    """Bits above the binary point of values up to ``size``, without the sign."""
+    return math.frexp(size)[1] if size > 0.0 else 0
