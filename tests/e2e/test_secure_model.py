@@ -357,6 +357,8 @@ def test_what_writing_refuses(writer: SecureModel) -> None:
             writer.generate(PROMPT, **options)
     with pytest.raises(JobError, match="no token to go on from"):
         writer.generate("")
+    with pytest.raises(JobError, match="takes one prompt"):
+        writer.generate(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(JobError, match="takes no beams"):
         writer.estimate_generate(PROMPT, beams=3)
 

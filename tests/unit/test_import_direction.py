@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": MACHINERY | {"runtime", "zoo"},
     "inference": MACHINERY | {"runtime"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
-    "study": MACHINERY | {"runtime", "zoo", "quality", "diffusion"},
+    "study": MACHINERY | {"runtime", "api", "bench", "zoo", "quality", "diffusion"},
     "ui": MACHINERY | {"runtime", "zoo", "diffusion"},
     "shell": MACHINERY
     | {

@@ -160,6 +160,11 @@ def _masked_scores(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return scores if allowed is None else torch.where(allowed, scores, FORBIDDEN)
 
 
+def _lowered_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (..., L, S), lowered by so much as :data:`FORBIDDEN` says where ``mask`` is 0."""
+    return scores + (1.0 - mask) * FORBIDDEN
+
+
 def _argmax_one_hot(x: Tensor, dim: int) -> Tensor:
     """1 where x is largest along ``dim``, at the first such place."""
     places = x.argmax(dim, keepdim=True)
@@ -197,6 +202,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "sfumato.to_float": _to_float,
     "sfumato.shorten": _same,
     "sfumato.widen": _same,
+    "sfumato.lowered_scores": _lowered_scores,
     "sfumato.masked_scores": _masked_scores,
     "sfumato.norm_scale": _norm_scale,
     "sfumato.norm_shift": _norm_shift,

@@ -268,12 +268,10 @@ def make_plan(
         as_quad(fuse(program)) if published.get("gelu") == QUAD and profile not in PAPERS else fuse(program)
     )
     placed = place(
-        expand_attention(fused) if scheme is not None and scheme.expand else fused,
-        secret=secret,
-        public=_names(public),
-        client_known=_names(client_known),
-        relocate=relocate,
+        fused, secret=secret, public=_names(public), client_known=_names(client_known), relocate=relocate
     )
+    if scheme is not None and scheme.expand:
+        placed = expand_attention(placed)
     _refuse(program.title, _problems(placed))
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)

@@ -22,7 +22,7 @@ from sfumato.graph.handlers import Context
 from sfumato.graph.handlers.nonlinear_ranges import argument, in_z64, is_short, like
 from sfumato.graph.program import Node, Program
 from sfumato.ops import basic
-from sfumato.ops.attention import FORBIDDEN, score_masks, turned
+from sfumato.ops.attention import FORBIDDEN, lowered, score_masks, turned
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Z64, Shared
@@ -40,7 +40,7 @@ _FUNCTIONS = {
     **{f"aten.{name}_.default": name for name in ("silu", "mish", "sigmoid", "tanh", "erf")},
     "aten.reciprocal.default": "reciprocal", "aten.rsqrt.default": "rsqrt",
     "aten.softmax.int": "softmax", "aten._softmax.default": "softmax", "aten._safe_softmax.default": "softmax",
-    "aten.scaled_dot_product_attention.default": "softmax",
+    "aten.scaled_dot_product_attention.default": "softmax", "sfumato.masked_attention": "softmax",
     "aten.layer_norm.default": "layer_norm", "aten.group_norm.default": "layer_norm",
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def note_of(profile: str, methods: Mapping[str, str]) -> list[str]:
 def entry_choice(node: Node, methods: Mapping[str, str]) -> dict[str, Any] | None:
     """The choice of a call that a published method replaces; None if none does."""
     name = methods.get(_FUNCTIONS.get(node.target, ""))
-    if argument(node.args, node.kwargs, 7, "enable_gqa", False) and "attention" in node.target:
+    if "attention" in node.target and argument(node.args, node.kwargs, 7, "enable_gqa", False):
         return None  # grouped heads are ours alone
     return None if name is None else {"method": name, "entry": name}
 
@@ -108,7 +108,7 @@ async def run_entry(
     async def method(name: str, value: Shared) -> Shared:
         return await secure(p, s.fork(name), value, entry)
 
-    if node.target == "aten.scaled_dot_product_attention.default":
+    if "attention" in node.target:
         y = await _attention(ctx, s, x, args, kwargs, entry)
     elif entry.function == "softmax":
         axis = int(args[1])
@@ -140,16 +140,24 @@ async def _attention(
 ) -> Shared:
     p = ctx.protocol
     k, v = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in (1, 2)]
-    scale = argument(args, kwargs, 6, "scale")
+    mask, causal, scale = (
+        argument(args, kwargs, i, n) for i, n in ((3, "attn_mask"), (5, "is_causal"), (6, "scale"))
+    )
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     scores = await basic.matmul(p, s.fork("scores"), q, turned(p, k), factor=factor)
-    mask, causal = argument(args, kwargs, 3, "attn_mask"), argument(args, kwargs, 5, "is_causal", False)
+    if isinstance(mask, Shared):
+        scores = lowered(p, s, scores, await p.cast(s.fork("mask"), mask, scores.ring), -FORBIDDEN)
+        return await _weighed(p, s, scores, v, entry)
     allowed, bias = score_masks((scores.shape[-2], scores.shape[-1]), mask, bool(causal))
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
     if allowed is not None:
         forbidden = torch.where(allowed, 0.0, FORBIDDEN).to(torch.float64).broadcast_to(scores.shape)
         scores = p.add_public(s, scores, p.encode(scores, forbidden))
+    return await _weighed(p, s, scores, v, entry)
+
+
+async def _weighed(p: Protocol, s: Session, scores: Shared, v: Shared, entry: Entry) -> Shared:
     weights = await secure(p, s.fork("softmax"), scores, entry)
     return await basic.matmul(p, s.fork("values"), weights, v)
 

@@ -20,6 +20,7 @@ from sfumato.graph.calibrate import Calibration
 from sfumato.graph.formats import Format
 from sfumato.graph.handlers import HANDLERS, Options
 from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
+from sfumato.graph.look_up import LOOK_UP, is_index
 from sfumato.graph.places import Place, Placed
 from sfumato.graph.program import Node, Program, Ref, map_refs
 from sfumato.ops.attention import WEIGHT_FRAC
@@ -63,16 +64,18 @@ _CURVES = frozenset(
      "sfumato.quick_gelu", "sfumato.quad")
 )  # fmt: skip
 _NORMS = {"aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,)}
-_ATTENTION = "aten.scaled_dot_product_attention.default"
-_LINEAR = frozenset(_PRODUCTS) | _FACTORS | _SUMS | {"sfumato.masked_scores"}
+_ATTENTION = frozenset(("aten.scaled_dot_product_attention.default", "sfumato.masked_attention"))
+_LINEAR = (
+    frozenset(_PRODUCTS) | _FACTORS | _SUMS | {LOOK_UP, "sfumato.lowered_scores", "sfumato.masked_scores"}
+)
 
 #: By profile: those that can mix rings.
 SCHEMES: Mapping[str, Scheme] = {
     "ditto": Scheme(
         8, 8, 8, _LINEAR | {"aten.gelu.default", "sfumato.quad", "aten.softmax.int"}, fixed=True, expand=True
     ),
-    "fast": Scheme(11, 8, 15, _LINEAR | _CURVES | {*_NORMS, _ATTENTION}),
-    "precise": Scheme(13, 12, 16, _LINEAR | _CURVES | {*_NORMS, _ATTENTION}),
+    "fast": Scheme(11, 8, 15, _LINEAR | _CURVES | {*_NORMS, *_ATTENTION}),
+    "precise": Scheme(13, 12, 16, _LINEAR | _CURVES | {*_NORMS, *_ATTENTION}),
 }
 #: Bits below the ring's for |sums|: a quarter of the ring, as truncation asks.
 _SPARE = 2
@@ -161,7 +164,7 @@ class _Quantizer:
         self.formats[node.name], self.wants[node.name] = format, wants
 
     def _is_secret(self, name: str) -> bool:
-        return self.placed.places[name] is not Place.PUBLIC
+        return self.placed.places[name] is not Place.PUBLIC and not is_index(self.nodes.get(name))
 
     def _is_whole(self, name: str) -> bool:
         """A 0/1 value of the client: words without fraction bits."""
@@ -173,7 +176,7 @@ class _Quantizer:
     def _in_z32(self, node: Node, arguments: list[str]) -> tuple[Format, dict[str, Format]] | None:
         """The call's format and its arguments' in Z32, or None where it has to stay in Z64."""
         highest = self.measured.of(node).get("hi_out", math.inf)
-        wants = dict.fromkeys(arguments, self.short)
+        wants = {n: self.short._replace(frac=0) if self._is_whole(n) else self.short for n in arguments}
         problem = None
         if node.target in _PRODUCTS:
             problem = self._product(node, wants)
@@ -183,7 +186,7 @@ class _Quantizer:
             problem = self._square(node)
         elif node.target in _NORMS:
             problem = self._norm(node, wants)
-        elif node.target == _ATTENTION:
+        elif node.target in _ATTENTION:
             problem = self._attention(node, wants)
         if problem is None and _bits(highest * _VALUE_SLACK) + self.frac > 30:
             problem = f"reaches {highest:.3g}"
@@ -285,7 +288,7 @@ class _Quantizer:
         stats = self.measured.of(node)
         if len({ref.name for ref in node.args[:3]} & set(wants)) < len({ref.name for ref in node.args[:3]}):
             return "reads a public operand"
-        scale = argument(node.args, node.kwargs, 6, "scale")
+        scale = node.kwargs["scale"] if "scale" in node.kwargs else argument(node.args, {}, 6, "scale")
         width = self.placed.program.types[node.args[0].name][0][-1]
         factor = width**-0.5 if scale is None else float(scale)
         scores = max(abs(stats.get("lo_score", math.inf)), abs(stats.get("hi_score", math.inf)))

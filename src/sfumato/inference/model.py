@@ -18,6 +18,7 @@ from sfumato.errors import JobError
 from sfumato.graph.places import SECRETS
 from sfumato.graph.plan import PROFILES, Plan
 from sfumato.inference.generation import GenerateOutput, Generation, Wishes
+from sfumato.inference.layout import Layout
 from sfumato.inference.loading import TASKS, Loaded, check_model, load_model
 from sfumato.inference.parties import Parties, Run
 from sfumato.inference.plans import Planner
@@ -243,10 +244,11 @@ class SecureModel:
             "release": release, "seed": seed, "generator": generator,
         })  # fmt: skip
         ids = self._reader.prompt(prompt)
+        layout, stops = self._layout(ids, wishes), self._reader.stops(stop)
         with self._run() as run:
-            generation = self._generation(run, ids, wishes)
+            generation = Generation(run, self._planner, ids, layout, wishes)
             tokens, text = list[int](), ""
-            for tokens, text in self._written(generation, self._reader.stops(stop)):
+            for tokens, text in self._written(generation, stops):
                 if callback is not None:
                     callback(tokens[-1], text)
             report = self.last_report = run.report(steps=tuple(generation.seconds))
@@ -256,9 +258,10 @@ class SecureModel:
     def stream(self, prompt: Any, *, stop: Any = None, **options: Any) -> Iterator[str]:
         """What `generate` adds to the text, piece by piece as tokens are opened; with its arguments."""
         wishes, ids, given = self._wishes(options), self._reader.prompt(prompt), ""
+        layout, stops = self._layout(ids, wishes), self._reader.stops(stop)
         with self._run() as run:
-            generation = self._generation(run, ids, wishes)
-            for _, text in self._written(generation, self._reader.stops(stop)):
+            generation = Generation(run, self._planner, ids, layout, wishes)
+            for _, text in self._written(generation, stops):
                 yield text[len(given) :]
                 given = text
             self.last_report = run.report(steps=tuple(generation.seconds))
@@ -267,8 +270,9 @@ class SecureModel:
         """What `generate` with these arguments will cost as a session's first call, exactly, if nothing stops it."""
         del stop
         wishes, ids = self._wishes(options), self._reader.prompt(prompt)
+        layout = self._layout(ids, wishes)
         with self._on_shapes() as run:
-            for _ in self._generation(run, ids, wishes).tokens():
+            for _ in Generation(run, self._planner, ids, layout, wishes).tokens():
                 pass
             return run.report()
 
@@ -322,14 +326,13 @@ class SecureModel:
 
     # ---- how texts are written on ---------------------------------------------------------------------------
 
-    def _generation(self, run: Run, prompt: Sequence[int], wishes: Wishes) -> Generation:
+    def _layout(self, prompt: Sequence[int], wishes: Wishes) -> Layout:
         # Within a layer's window, looking back to the beginning is the same as looking back so far.
         positions = min(self.loaded.longest, self.loaded.window or self.loaded.longest)
-        layout = Generation.layout_of(
+        return Generation.layout_of(
             len(prompt), wishes, limit=min(self.max_length, positions), positions=positions, pad=self.loaded.pad,
             learnt=self._planner.learnt, exact=not self.padding,
         )  # fmt: skip
-        return Generation(run, self._planner, prompt, layout, wishes)
 
     def _wishes(self, options: Mapping[str, Any]) -> Wishes:
         if self.loaded.task != "causal-lm":

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.errors import LinkError
 from sfumato.graph.plan import Plan, client_side
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.report import CostReport
@@ -33,10 +32,13 @@ class Run:
         self.backend = backend
         self._loaded, self._number, self._calls = loaded, number, 0
         self._held = dict[str, None]()
-        self._before, self._started = backend.report(), time.monotonic()
+        self._before: CostReport | None = None
+        self._started = time.monotonic()
 
     def load(self, name: str, plan: Plan) -> None:
-        """Give the parties a plan, unless they have it under this name."""
+        """Give the parties a plan, unless they have it under this name; waits for parties that start."""
+        if self._before is None:
+            self._before = self.backend.report()
         if self._loaded.get(name) is not plan:
             self.backend.load(name, plan)
             self._loaded[name] = plan
@@ -92,7 +94,8 @@ class Run:
 
     def report(self, steps: tuple[float, ...] = ()) -> CostReport:
         """What the run has cost so far."""
-        return self.backend.report(steps=steps).since(self._before, self._seconds)
+        now = self.backend.report(steps=steps)
+        return now.since(now if self._before is None else self._before, self._seconds)
 
     @property
     def _seconds(self) -> float | None:
@@ -115,19 +118,15 @@ class Parties:
         self._runs = 0
 
     def run(self) -> Run:
-        """A run of its own on the open session.
+        """A run of its own on the open session; parties of this machine begin to start.
 
         Raises:
-            LinkError: the parties cannot be reached; the next run tries again.
+            LinkError: the parties of a cluster cannot be reached; the next run tries again.
         """
         if self._backend is None:
             self._backend, self._loaded = self._open(), {}
         self._runs += 1
-        try:
-            return Run(self._backend, self._loaded, self._runs)
-        except LinkError:
-            self.close()
-            raise
+        return Run(self._backend, self._loaded, self._runs)
 
     def close(self) -> None:
         """End the session, and local parties with it; may be called twice."""

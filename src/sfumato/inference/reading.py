@@ -107,7 +107,12 @@ class Reader:
         if isinstance(prompt, str):
             ids = list(self._tokenizer("read a prompt")(prompt)["input_ids"])
         else:
-            ids = torch.as_tensor(prompt).reshape(-1).tolist()
+            given = torch.as_tensor(prompt)
+            if given.dim() not in (1, 2) or (given.dim() == 2 and len(given) != 1):
+                raise JobError(
+                    "generate takes one prompt: a text, or token ids of shape (tokens,) or (1, tokens)"
+                )
+            ids = given.reshape(-1).tolist()
         if not all(isinstance(i, int) and 0 <= i < self.vocabulary for i in ids):
             raise JobError(
                 f"token ids of a prompt must be whole numbers in the vocabulary of {self.vocabulary} tokens"

@@ -41,6 +41,7 @@ __all__ = [
     "WEIGHT_FRAC",
     "SoftmaxPlan",
     "attention",
+    "lowered",
     "plan_softmax",
     "score_masks",
     "softmax",
@@ -51,7 +52,7 @@ __all__ = [
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
 #: What published methods add to a score that is masked: more would leave the range of the limit exponentials.
-FORBIDDEN = -100.0
+FORBIDDEN = -50.0
 #: Most fraction bits that exponentials carry.
 _MOST_CARRIED = 40
 _SCORE_FRAC = 18
@@ -353,8 +354,8 @@ def _rows(p: Protocol, mask: Shared, low: int, high: int) -> Shared:
     return mask if mask.shape[-2] == 1 else narrow(p, mask, len(mask.shape) - 2, low, high)
 
 
-def _lowered(p: Protocol, s: Session, scores: Shared, mask: Shared, by: float) -> Shared:
-    """Scores plus (mask - 1) * by. Local."""
+def lowered(p: Protocol, s: Session, scores: Shared, mask: Shared, by: float) -> Shared:
+    """Scores plus (mask - 1) * by, for a mask of 0/1 words. Local."""
     step = round(by * 2.0**scores.frac)
     added = p.linear(lambda u, m: u + m.broadcast_to(u.shape) * step, scores, mask, frac=scores.frac)
     return p.add_public(s, added, p.encode(added, -by))
@@ -377,7 +378,7 @@ async def _attend(
     """A block of rows: q (..., l, E), k turned (..., E, S), masks of the scores' shape."""
     scores = await matmul(p, s.fork("scores"), q, k, factor=factor)
     if less is not None:
-        scores = _lowered(p, s, scores, *less)
+        scores = lowered(p, s, scores, *less)
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
     room = HEADROOM_BITS - plan.exp.frac - ceil_log2(plan.reach) - 1
@@ -408,7 +409,7 @@ async def _attend_short(
     bits = q.frac + k.frac - (math.frexp(factor)[1] - 1) - frac
     scores = (await p.bilinear_truncate(s.fork("scores"), kernels.matmul, q, k, bits)).viewed(frac)
     if less is not None:
-        scores = _lowered(p, s, scores, *less)
+        scores = lowered(p, s, scores, *less)
     if bias is not None:
         scores = p.add_public(s, scores, p.encode(scores, bias))
     # From Z64 no more than 32 bits are dropped; in Z32 two are left above the weights.

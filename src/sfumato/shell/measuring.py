@@ -56,11 +56,12 @@ def bench(
 
 @clean
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="sdu, usg or cipherdm.")],
+    paper: Annotated[str, typer.Argument(help="sdu, usg, cipherdm, puma or ditto.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. "
+            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. For puma "
+            "and ditto NAME:TOKENS of bert-base, bert-large, roberta-base, gpt2-base, gpt2-medium, several by commas. "
             "[default: the paper's first]"
         ),
     ] = None,
@@ -87,6 +88,10 @@ def reproduce(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Fan out over a Ray cluster, or 'auto'.")
     ] = None,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Also time puma and ditto on emulated links: lan, wan or none; may be repeated."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
 ) -> None:
     """Rebuild a paper's tables at this machine's scale, with the controls beside them: JSON, and a page.
@@ -95,10 +100,14 @@ def reproduce(
 
     Example: `sfumato reproduce sdu --model embedded --images 1000 --secure 200`
     """
+    from sfumato.shell.costs import DEFAULT_MODELS, run_costs
     from sfumato.shell.reproduce import run_reproduce
     from sfumato.study.reproduce import Asked
     from sfumato.study.tables import STUDIES
 
+    if paper in DEFAULT_MODELS:
+        run_costs(paper, model or DEFAULT_MODELS[paper], network or (), out, Console())
+        return
     known = STUDIES.get(paper)
     asked = Asked(
         paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure,

@@ -192,12 +192,21 @@ def _no_worse(against: Interval, points: Interval) -> bool | None:
     return True if against.high <= _FRECHET and points.low >= -_POINTS else None
 
 
+#: Bytes may differ by so much by the ranges of the corrected trajectory, which is another one: comparisons of wider
+#: ranges look at more bits.
+_BY_RANGES = 1e-4
+
+
 def _free(corrected: Merit, without: Merit) -> Finding:
+    if corrected.megabytes is None or without.megabytes is None:
+        return Finding("The correction costs no byte and no round between the parties", None, "not counted")
+    more = corrected.megabytes / without.megabytes - 1.0
+    why = "" if more == 0.0 else f" ({more:+.4%}: the ranges of another trajectory, no message of its own)"
     return Finding(
         "The correction costs no byte and no round between the parties",
-        (corrected.megabytes, corrected.rounds) == (without.megabytes, without.rounds),
+        abs(more) <= _BY_RANGES and corrected.rounds == without.rounds,
         f"{corrected.megabytes:,.2f} MB and {corrected.rounds:,} rounds with it, {without.megabytes:,.2f} MB and "
-        f"{without.rounds:,} without",
+        f"{without.rounds:,} without{why}",
     )
 
 

@@ -13,7 +13,7 @@ from sfumato.graph.evaluate import resolve
 from sfumato.graph.handlers.kinds import Context, Handler
 from sfumato.graph.program import Node
 from sfumato.ops import basic
-from sfumato.ops.attention import FORBIDDEN, score_masks
+from sfumato.ops.attention import FORBIDDEN, lowered, score_masks
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Shared
@@ -249,6 +249,13 @@ async def _masked_scores(ctx: Context, s: Session, node: Node, args: Args, kwarg
     return await _where(ctx, s, node, (allowed, x, FORBIDDEN), {})
 
 
+async def _lowered_scores(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """scores (..., L, S) with a secret mask of 0/1 words."""
+    x, mask = args
+    mask = await ctx.protocol.cast(s, mask, x.ring)
+    return lowered(ctx.protocol, s, x, mask, -FORBIDDEN)
+
+
 # ---- rings -------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +303,7 @@ _GATHERED = (
 _PAD_BY_POSITION = _gathered("aten.pad.default")
 
 HANDLERS_SHAPES: dict[str, Handler] = {
+    "sfumato.lowered_scores": Handler(_lowered_scores, local=True),
     "sfumato.masked_scores": Handler(_masked_scores, local=True),
     "sfumato.shorten": Handler(_shorten, local=True),
     "sfumato.widen": Handler(_widen),
