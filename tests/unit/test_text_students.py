@@ -40,6 +40,7 @@ from sfumato.zoo.train.text.distil import (
     summary,
     train_student,
 )
+from sfumato.zoo.train.text.fit import fit_outputs
 from sfumato.zoo.train.text.fixed import LEVELS, Level
 from sfumato.zoo.train.text.marill import LoraLinear, group_heads, layers_of, merge_heads, split
 from sfumato.zoo.train.text.replace import Replaced, apply, attentions, load_student, save_student, watched
@@ -295,6 +296,22 @@ def test_scores_are_summed_up_over_seeds(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "scores.json").read_text())[0]["name"] == row["name"]
 
 
+def test_the_fit_undoes_most_of_a_quadratic(model: Any) -> None:
+    batches, teacher = batches_for(model), copy.deepcopy(model)
+    known = watched(teacher)
+    errors = {}
+    for name in ("quad", "ditto", "marill"):
+        student = make_student(model, RECIPES[name], batches)
+        scores, batch = [part.scores for part in attentions(student)], batches(50)
+        before = float(hidden_loss(student.eval(), teacher, scores, known, batch).detach())
+        fit_outputs(student, model, batches, 30)
+        errors[name] = float(hidden_loss(student, teacher, scores, known, batch).detach())
+        assert name == "marill" or errors[name] < 0.3 * before
+    assert errors["marill"] < 1e-3  # there is nothing to undo
+    with pytest.raises(JobError, match="public weights under LoRA"):
+        fit_outputs(apply(copy.deepcopy(model), Replaced("quad", rank=2)), model, batches)
+
+
 # ---- Marill ----------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +351,11 @@ def test_frozen_layers_keep_the_public_weights(tmp_path: Path, model: Any, ticks
     assert not torch.equal(
         next(iter(layers_of(student)[1].parameters())), next(iter(layers_of(model)[1].parameters()))
     )
+    mixed = apply(copy.deepcopy(model), Replaced("quad", "2quad", "ditto", frozen=1), fake=True)
+    first, second = layers_of(mixed)
+    assert [part.scores.softmax for part in attentions(mixed)] == ["softmax", "2quad"]
+    assert not any("Fake" in type(module).__name__ for module in first.modules())
+    assert any("Fake" in type(module).__name__ for module in second.modules())
     with pytest.raises(JobError, match="name it with --base"):
         make_student(model, replaced, batches)
 

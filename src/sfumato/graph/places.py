@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from sfumato.errors import JobError
 from sfumato.graph.normalize import without_dead_code
@@ -51,12 +52,20 @@ class Placed:
 
 
 def place(
-    program: Program, *, secret: str, public: Iterable[str], client_known: Iterable[str], relocate: bool
+    program: Program,
+    *,
+    secret: str,
+    public: Iterable[str],
+    client_known: Iterable[str],
+    relocate: bool,
+    public_weights: Iterable[str] = (),
 ) -> Placed:
     """Give every value its place; rewrite look-ups by client values into products, and fold batch norms.
 
+    ``public_weights``: patterns (``fnmatch``) of weights that everyone may see although weights are secret.
+
     Raises:
-        JobError: an unknown option or argument name.
+        JobError: an unknown option or argument name, or a pattern that fits no weight.
     """
     if secret not in SECRETS:
         raise JobError(f"secret must be one of {', '.join(map(repr, SECRETS))}, not {secret!r}")
@@ -70,7 +79,13 @@ def place(
         raise JobError(
             f"the argument {sorted(public & client_known)[0]} cannot be public and known to the client alone"
         )
-    placer = _Placer(program, secret, public, client_known, relocate)
+    patterns = tuple(public_weights)
+    weights = [i.source for i in program.inputs if i.kind != "user"]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in weights):
+            known = f", such as {weights[0]}" if weights else ""
+            raise JobError(f"public_weights: {pattern!r} fits no weight of {program.title}{known}")
+    placer = _Placer(program, secret, public, client_known, relocate, patterns)
     return placer.run()
 
 
@@ -84,8 +99,10 @@ class _Placer(Rewriter):
         public: frozenset[str],
         client_known: frozenset[str],
         relocate: bool,
+        public_weights: tuple[str, ...],
     ) -> None:
         super().__init__(program)
+        self.public_weights = public_weights
         self.secret_weights = secret == "inputs+weights"
         self.public, self.client_known, self.relocate = public, client_known, relocate
         self.places: dict[str, Place] = {}
@@ -137,6 +154,7 @@ class _Placer(Rewriter):
                 self.secret_weights
                 and i.dtype.is_floating_point
                 and (i.persistent if i.kind != "constant" else i.shape != ())
+                and not any(fnmatchcase(i.source, pattern) for pattern in self.public_weights)
             )
             return Place.OWNER if hidden else Place.PUBLIC
         given = {i.name, argument}

@@ -239,6 +239,7 @@ def make_plan(
     ring: str = "Z64",
     relocate: bool = True,
     methods: Mapping[str, str] | None = None,
+    public_weights: Iterable[str] = (),
 ) -> Plan:
     """Decide what is secret, what runs where, and how.
 
@@ -250,6 +251,9 @@ def make_plan(
     of a trajectory; a `Calibration`, or its JSON. Ranges follow from it by the tail model of docs/design/008.
     ``profile``: an error budget, ``precise`` or ``fast``, or a paper of the catalogue, whose approximations then
     replace ours. ``methods``: single entries of the catalogue by function, ``{"gelu": "puma.gelu"}``.
+    ``public_weights``: patterns of weights that are public although weights are secret, such as those of a pre-trained
+    prefix (``"bert.embeddings.*"``): what they make of the client's own values runs at the client, the rest as with
+    public weights ([Marill] 4.2).
     ``ring``: ``"Z64"``, ``"Z32"``, or ``"mixed"``, where each call works in the smaller ring that its range and the
     profile allow; ``ditto`` mixes by its paper's map, and always.
 
@@ -268,8 +272,9 @@ def make_plan(
         as_quad(fuse(program)) if published.get("gelu") == QUAD and profile not in PAPERS else fuse(program)
     )
     placed = place(
-        fused, secret=secret, public=_names(public), client_known=_names(client_known), relocate=relocate
-    )
+        fused, secret=secret, public=_names(public), client_known=_names(client_known), relocate=relocate,
+        public_weights=_names(public_weights),
+    )  # fmt: skip
     if scheme is not None and scheme.expand:
         placed = expand_attention(placed)
     _refuse(program.title, _problems(placed))

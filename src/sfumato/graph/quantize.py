@@ -206,7 +206,6 @@ class _Quantizer:
         stats, scheme = self.measured.of(node), self.scheme
         operands = [node.args[i] for i in _PRODUCTS[node.target] if i < len(node.args)]
         x, w = operands[0], operands[1]
-        bias = operands[2].name if len(operands) > 2 and isinstance(operands[2], Ref) else None
         highest = stats.get("hi_out", math.inf)
         if not math.isfinite(highest) or "hi_left" not in stats:
             return "was not calibrated"
@@ -215,7 +214,8 @@ class _Quantizer:
                 wants[ref.name] = self.short._replace(frac=0) if self._is_whole(ref.name) else self.short
             return None  # rows picked by ones: exact
         room = 32 - _SPARE - _bits(highest * _SUM_SLACK)
-        fixed = {ref.name: ref.name in self.formats for ref in (x, w)}  # computed before: at the common scale
+        # Only an owner's weights have scales of their own; what is computed, or comes with a call, has the common one.
+        fixed = {ref.name: self.placed.places[ref.name] not in (Place.OWNER, Place.PUBLIC) for ref in (x, w)}
         fracs = []
         for ref, side in ((x, "left"), (w, "right")):
             own = 31 - _bits(stats[f"hi_{side}"] * _SUM_SLACK)
@@ -235,8 +235,6 @@ class _Quantizer:
         for ref, frac in zip((x, w), fracs, strict=True):
             if ref.name in wants:
                 wants[ref.name] = Format("Z32", frac)
-        if bias in wants:
-            wants[bias] = Format("Z32", min(sum(fracs), 30 - _bits(self._size(bias))))
         bound = short_up(max(highest, 2.0**-6) * _SUM_SLACK)
         public = next((f for ref, f in zip((x, w), fracs, strict=True) if ref.name not in wants), None)
         drop = sum(fracs) - self.frac
@@ -297,11 +295,6 @@ class _Quantizer:
         if _bits(_SUM_SLACK * stats.get("hi_value", math.inf)) + self.frac + WEIGHT_FRAC > 30:
             return f"weighs values of {stats['hi_value']:.3g}"
         return None
-
-    def _size(self, name: str) -> float:
-        """The largest entry of a weight, known or not."""
-        tensor = self.placed.program.weights.get(name)
-        return float(tensor.abs().max()) if tensor is not None and tensor.numel() else 2.0**4
 
     # ---- casts ---------------------------------------------------------------------------------------------
 

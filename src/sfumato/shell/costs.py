@@ -87,8 +87,8 @@ def _page(paper: str, models: str, rows: Sequence[CostRow], networks: Sequence[s
     lines = [
         f"# {paper.capitalize()}: cost of published sizes", "",
         f"`sfumato reproduce {paper} --model {models}{timed}`. {machine_line()}", "",
-        "Random weights, all secret; token ids secret, as keys of point functions; bytes (1e9) of the three parties and "
-        "of the client's own link, certificate included, exact; \"fewer\" is against a model's first row. All rows run "
+        "Random weights, all secret; token ids secret, as keys of point functions; bytes (1e9) of the three parties "
+        "and of the client's own link, certificate included, exact; \"fewer\" is against a model's first row. Rows run "
         "on the same engine and kernels: a paper's row shows its functions, types and casts, not its system. Error: "
         "relative L2 of the last hidden state against the same model in float, by the plan's arithmetic in the clear; "
         "models of the GPT type answer with the next token's id, argmax included. Ranges are from two other random "

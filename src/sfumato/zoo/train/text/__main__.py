@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     student.add_argument("--frozen", type=int, default=0, help="first layers that keep the public weights")
     student.add_argument("--rank", type=int, default=0, help="rank of LoRA in the other layers")
     student.add_argument("--merged", type=int, default=1, help="heads that are merged into one")
+    student.add_argument(
+        "--fitted", action="store_true", help="start with least squares for the layers after the activations"
+    )
     collect = commands.add_parser("summary", help="scores over the seeds, of all models in a folder")
     collect.add_argument("--out", type=Path, required=True, help="folder with the models")
     for command in (teacher, student):
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = distil(
                 args.teacher, args.data, args.out, args.recipe, args.minutes, args.seed,
                 changes=Replaced(frozen=args.frozen, rank=args.rank, merged=args.merged),
-                without=args.without, base=args.base,
+                without=args.without, base=args.base, fitted=args.fitted,
             )  # fmt: skip
     except (DataError, JobError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from sfumato.errors import JobError
 
 from ..loop import run
 from .batches import Batch, Blocks, Rows
+from .fit import fit_outputs
 from .marill import freeze, group_heads, layers_of, merge_heads
 from .replace import Replaced, Scores, apply, attentions, save_student, watched
 from .score import mean_interval
@@ -170,10 +171,13 @@ def train_student(
     return student.eval()
 
 
-def name_of(task: str, recipe: str, replaced: Replaced, without: str, seed: int) -> str:
+def name_of(
+    task: str, recipe: str, replaced: Replaced, without: str, seed: int, *, fitted: bool = False
+) -> str:
     """What a student's folder is called."""
     changed = [f"{key}{getattr(replaced, key)}" for key in ("frozen", "rank") if getattr(replaced, key)]
     changed += [f"merged{replaced.merged}"] if replaced.merged > 1 else []
+    changed += ["fitted"] if fitted else []
     return "-".join([task, recipe, *changed, *([f"without-{without}"] if without else []), str(seed)])
 
 
@@ -188,11 +192,12 @@ def distil(
     changes: Replaced | None = None,
     without: str = "",
     base: Path | None = None,
+    fitted: bool = False,
 ) -> Path:
     """Distil a student from the teacher in ``folder`` and measure both with it; the folder the student is in.
 
     ``changes``: frozen layers, rank and merged heads, on top of the recipe. ``without``: ``""``, ``"d"``, ``"pd"`` or
-    ``"all"``.
+    ``"all"``. ``fitted``: with :mod:`.fit` before the training.
 
     Raises:
         DataError: the task's texts are missing below ``data``.
@@ -207,9 +212,11 @@ def distil(
     task, (teacher, tokenizer) = task_of(folder), load(folder)
     public = None if base is None else AutoModel.from_pretrained(base, local_files_only=True)
     batches = train_set(tokenizer, data, task, seed)
-    name = name_of(task, recipe, replaced, without, seed)
+    name = name_of(task, recipe, replaced, without, seed, fitted=fitted)
     torch.manual_seed(seed)
     student = make_student(teacher, replaced, batches, public, seed if without == "pd" else None)
+    if fitted:
+        fit_outputs(student, teacher, batches, first=replaced.frozen)
     student = train_student(student, teacher, replaced, batches, out, name, minutes, without=without)
     scores = measure(student, test_set(tokenizer, data, task), data, task, teacher.eval())
     save_student(

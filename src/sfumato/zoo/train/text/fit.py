@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sfumato.errors import JobError
 
 from .batches import Blocks, Rows
-from .marill import layers_of
+from .marill import LoraLinear, layers_of
 
 __all__ = ["fit_outputs"]
 
@@ -45,14 +48,23 @@ class _Kept:
 
 
 @torch.no_grad()
-def fit_outputs(student: Any, teacher: Any, batches: Rows | Blocks, count: int = BATCHES) -> None:
+def fit_outputs(
+    student: Any, teacher: Any, batches: Rows | Blocks, count: int = BATCHES, *, first: int = 0
+) -> None:
     """Give the layer after each activation of ``student`` the weights with which it does most nearly what that of
-    ``teacher`` does, in place. Padding is left out; with fake quantization the fit sees the rounded inputs."""
+    ``teacher`` does, in place. Padding is left out; with fake quantization the fit sees the rounded inputs.
+    Layers below ``first`` stay as they are.
+
+    Raises:
+        JobError: the layer has LoRA, so that its weight is public.
+    """
     student.eval()
     teacher.eval()
     shown = [batches(number) for number in range(count)]
-    for mine, known in zip(layers_of(student), layers_of(teacher), strict=True):
-        layer, width = _output(mine), student.config.hidden_size
+    for mine, known in list(zip(layers_of(student), layers_of(teacher), strict=True))[first:]:
+        layer = _output(mine)
+        if isinstance(layer, LoraLinear):
+            raise JobError("--fitted would change the public weights under LoRA; leave one of both out")
         square, product = torch.zeros(1, 1), torch.zeros(1, 1)
         for batch in shown:
             with _Kept(layer) as ours, _Kept(_output(known)) as theirs:
@@ -66,6 +78,6 @@ def fit_outputs(student: Any, teacher: Any, batches: Rows | Blocks, count: int =
         found = torch.linalg.solve(
             square + ridge * torch.eye(len(square), dtype=square.dtype), product
         ).float()
-        transposed = layer.weight.shape[0] != width or getattr(layer, "transposed", False)
+        transposed = isinstance(layer, Conv1D) or getattr(layer, "transposed", False)
         layer.weight.copy_(found[:-1] if transposed else found[:-1].T)
         layer.bias.copy_(found[-1])

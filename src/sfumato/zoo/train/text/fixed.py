@@ -11,6 +11,7 @@ runtime 8 and 18; here both use the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,18 +140,22 @@ def _faked(module: nn.Module, levels: Levels, *, down: bool) -> nn.Module | None
     return None
 
 
-def quantize(model: Any, levels: Levels, activations: list[tuple[nn.Module, str]]) -> None:
+def quantize(
+    model: Any, levels: Levels, activations: list[tuple[nn.Module, str]], skipped: Sequence[nn.Module] = ()
+) -> None:
     """Put the fake types into a BERT- or GPT-2-type model, in place; its state dict keeps its names.
 
     Residual sums need nothing: both sides are on the grid. ``activations``: module and attribute of each.
+    ``skipped``: what stays in float, with all that is in it.
 
     Raises:
         JobError: the model has LoRA layers.
     """
     down = model.config.model_type == "gpt2"  # there no norm follows the sum of embeddings
-    for parent in list(model.modules()):
+    outside = {module for part in skipped for module in part.modules()}
+    for parent in [module for module in model.modules() if module not in outside]:
         for name, child in list(parent.named_children()):
-            faked = _faked(child, levels, down=down)
+            faked = None if child in outside else _faked(child, levels, down=down)
             if faked is not None:
                 setattr(parent, name, faked)
     for parent, name in activations:

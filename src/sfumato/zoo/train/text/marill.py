@@ -18,7 +18,7 @@ from sfumato.errors import JobError
 
 __all__ = [
     "LoraLinear", "Prefix", "Rest", "add_lora", "freeze", "group_heads", "layers_of", "merge_heads",
-    "set_heads", "split",
+    "prefix_parts", "set_heads", "split",
 ]  # fmt: skip
 
 
@@ -109,6 +109,13 @@ def split(model: Any, layers: int) -> tuple[Prefix, Rest]:
     return Prefix(model, layers), Rest(model, layers)
 
 
+def prefix_parts(model: Any, layers: int) -> list[nn.Module]:
+    """The modules of embeddings and of the first ``layers``."""
+    base = model.base_model
+    tables = [base.embeddings] if model.config.model_type == "bert" else [base.wte, base.wpe]
+    return [*tables, *list(layers_of(model))[:layers]]
+
+
 @torch.no_grad()
 def freeze(model: Any, base: Any, layers: int) -> None:
     """Give embeddings and the first ``layers`` the weights of the public ``base`` and train them no more, in place.
@@ -116,13 +123,7 @@ def freeze(model: Any, base: Any, layers: int) -> None:
     Raises:
         JobError: the base has other shapes.
     """
-    own, theirs = model.base_model, base.base_model
-    parts = [(layers_of(model)[k], layers_of(base)[k]) for k in range(layers)]
-    if model.config.model_type == "bert":
-        parts.append((own.embeddings, theirs.embeddings))
-    else:
-        parts += [(own.wte, theirs.wte), (own.wpe, theirs.wpe)]
-    for mine, known in parts:
+    for mine, known in zip(prefix_parts(model, layers), prefix_parts(base, layers), strict=True):
         try:
             mine.load_state_dict(known.state_dict())
         except RuntimeError as error:

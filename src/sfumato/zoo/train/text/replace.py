@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from sfumato.errors import JobError
 
 from .fixed import LEVELS, Levels, quantize
-from .marill import add_lora, layers_of, set_heads
+from .marill import add_lora, layers_of, prefix_parts, set_heads
 from .teacher import load, save
 
 __all__ = [
@@ -52,9 +52,9 @@ class Replaced:
     """What is different in a student.
 
     ``levels``: whose fixed-point types it was trained with (a key of ``LEVELS``). ``frozen``: layers, from the first,
-    that keep the public model's weights, with the embeddings (0: nothing is frozen). ``rank``: of LoRA in the other
-    layers (0: their weights are the student's own). ``merged``: heads of one merged head, in the layers that are
-    not frozen; where none is frozen, the configuration of the model has the lower number already.
+    that keep the public model's weights and operations, with the embeddings (0: nothing is frozen). ``rank``: of LoRA
+    in the other layers (0: their weights are the student's own). ``merged``: heads of one merged head, in the layers
+    that are not frozen; where none is frozen, the configuration of the model has the lower number already.
     """
 
     activation: Literal["gelu", "quad"] = "gelu"
@@ -152,11 +152,16 @@ def attentions(model: Any) -> list[Any]:
     return [layer.attention.self if hasattr(layer, "attention") else layer.attn for layer in layers_of(model)]
 
 
-def watched(model: Any, softmax: str = "softmax", levels: Levels | None = None) -> list[Scores]:
-    """Give every layer of ``model`` its own :class:`Scores`, in place, and list them from the first layer."""
+def watched(
+    model: Any, softmax: str = "softmax", levels: Levels | None = None, first: int = 0
+) -> list[Scores]:
+    """Give every layer of ``model`` its own :class:`Scores`, in place, and list them from the first layer.
+
+    Layers below ``first`` keep the exact softmax and float.
+    """
     found = []
-    for attention in attentions(model):
-        attention.scores = Scores(softmax, levels)
+    for number, attention in enumerate(attentions(model)):
+        attention.scores = Scores(softmax, levels) if number >= first else Scores("softmax", None)
         found.append(attention.scores)
     model.set_attn_implementation(_NAME)
     return found
@@ -172,20 +177,22 @@ def apply(model: Any, replaced: Replaced, *, fake: bool = False) -> Any:
     Raises:
         JobError: the model is of another type than BERT's and GPT-2's, or the replacements do not go together.
     """
-    if replaced.merged > 1 and replaced.frozen:  # else the configuration says so
-        set_heads(model, model.config.num_attention_heads // replaced.merged, replaced.frozen)
+    first = replaced.frozen  # what is below runs in the clear, as it is
+    if replaced.merged > 1 and first:  # else the configuration says so
+        set_heads(model, model.config.num_attention_heads // replaced.merged, first)
     if replaced.rank:
-        add_lora(model, replaced.rank, replaced.frozen)
+        add_lora(model, replaced.rank, first)
     if replaced.activation == "quad":
-        for parent, name in activations(model):
+        for parent, name in activations(model)[first:]:
             setattr(parent, name, Quad())
     if replaced.levels is not None and replaced.levels not in LEVELS:
         raise JobError(f"no levels {replaced.levels!r}; there are {', '.join(LEVELS)}")
     levels = LEVELS[replaced.levels] if fake and replaced.levels else None
     if levels is not None:
-        quantize(model, levels, activations(model))
+        skipped = prefix_parts(model, first) if first else ()
+        quantize(model, levels, activations(model)[first:], skipped)
     if fake or replaced.softmax != "softmax":
-        watched(model, replaced.softmax, levels)
+        watched(model, replaced.softmax, levels, first)
     return model
 
 
