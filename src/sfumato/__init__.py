@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sfumato.diffusion.image import SecureImg2ImgPipeline, SecureInpaintPipeline
     from sfumato.diffusion.pipeline import SecurePipeline
     from sfumato.graph.capture import capture
-    from sfumato.graph.plan import Plan, make_plan
+    from sfumato.graph.plan import Plan
+    from sfumato.graph.planning import make_plan
     from sfumato.inference.model import SecureModel
     from sfumato.runtime.report import CostReport
     from sfumato.zoo import embedded_path
@@ -42,7 +43,7 @@ _LAZY = {
     "deploy": "sfumato.api",
     "embedded_path": "sfumato.zoo",
     "estimate": "sfumato.api",
-    "make_plan": "sfumato.graph.plan",
+    "make_plan": "sfumato.graph.planning",
     "run": "sfumato.api",
     "share": "sfumato.api",
 }

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sfumato.errors import CaptureError
 from sfumato.graph.capture import capture
 from sfumato.graph.execute import execute
-from sfumato.graph.plan import Plan, client_side, load_side, make_plan
+from sfumato.graph.plan import Plan, client_side, load_side
+from sfumato.graph.planning import make_plan
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
@@ -293,7 +294,27 @@ def test_keys_and_values_of_a_known_prompt_move_to_the_client() -> None:
     assert float((got.sample - want).norm() / want.norm()) < 1e-2
 
 
-def test_a_secret_mask_names_its_remedy() -> None:
+class Filled(nn.Module):
+    """Scores that a mask fills by itself, without attention."""
+
+    def forward(self, scores: Tensor, attention_mask: Tensor) -> Tensor:
+        return scores.masked_fill(attention_mask == 0, torch.finfo(torch.float32).min).softmax(-1)
+
+
+def test_a_mask_that_cannot_be_secret_names_its_remedy() -> None:
+    given = (torch.randn(2, 6), torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(CaptureError, match=r"too large for fixed point.*public=.'attention_mask'"):
+        make_plan(capture(Filled(), given))
+
+
+def test_a_mask_of_the_client_needs_no_remedy() -> None:
+    """One 0/1 value for all layers, and the rows of words in place of ids."""
     module, args, kwargs = bert()
-    with pytest.raises(CaptureError, match=r"secret mask.*public=.'attention_mask'"):
-        make_plan(capture(module, args, kwargs), relocate=False)
+    plan = make_plan(capture(module.eval(), args, kwargs), relocate=False)
+    masks = [n for n in plan.program.nodes if n.target == "sfumato.to_float"]
+    assert len(masks) == 1
+    assert [n.target for n in plan.secret_nodes].count("sfumato.masked_attention") == 2
+    got = run(plan, "plain", args, kwargs)
+    with torch.no_grad():
+        want = module(*args, **kwargs)
+    assert float((tensors(got)[0] - tensors(want)[0]).abs().max()) < 1e-2

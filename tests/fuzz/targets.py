@@ -15,7 +15,8 @@ import torch
 from inputs import as_json, changed, changed_fields, refusing
 
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import Plan, load_side, make_plan
+from sfumato.graph.plan import Plan, load_side
+from sfumato.graph.planning import make_plan
 from sfumato.link.base import Frame, tag_of
 from sfumato.link.channel import Channel
 from sfumato.link.frames import (

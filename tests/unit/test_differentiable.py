@@ -17,7 +17,7 @@ from sfumato.catalogue.differentiable import Approximated, differentiable
 from sfumato.diffusion.planned import PlannedNetwork
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import make_plan
+from sfumato.graph.planning import make_plan
 from sfumato.graph.published import methods_of
 from sfumato.study import tune
 from sfumato.zoo.classes import load_class_model

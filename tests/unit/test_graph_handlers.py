@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sfumato.graph.capture import capture
 from sfumato.graph.execute import execute
-from sfumato.graph.plan import Plan, client_side, load_side, make_plan
+from sfumato.graph.plan import Plan, client_side, load_side
+from sfumato.graph.planning import make_plan
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3

@@ -19,7 +19,8 @@ from sfumato.graph.fuse import fuse
 from sfumato.graph.handlers import HANDLERS
 from sfumato.graph.order import waves
 from sfumato.graph.places import Place
-from sfumato.graph.plan import Plan, client_side, load_side, make_plan
+from sfumato.graph.plan import Plan, client_side, load_side
+from sfumato.graph.planning import make_plan
 
 
 class Tiny(nn.Module):

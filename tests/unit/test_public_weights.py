@@ -9,7 +9,7 @@ from torch import nn
 import sfumato as sf
 from sfumato.errors import JobError
 from sfumato.graph.places import Place
-from sfumato.graph.plan import make_plan
+from sfumato.graph.planning import make_plan
 
 WIDTH = 16
 

@@ -13,7 +13,8 @@ import sfumato as sf
 from sfumato.errors import CaptureError, JobError, RangeError
 from sfumato.graph.formats import Format
 from sfumato.graph.places import Place
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 
 WIDTH, TOKENS = 32, 12
 

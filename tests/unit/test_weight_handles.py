@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.remote import open_backend
+from sfumato.runtime.weights import content_key
 
 
 class Twice(nn.Module):
@@ -53,3 +55,10 @@ def test_a_weight_is_shared_once_and_kept_as_long_as_a_plan_has_it() -> None:
         backend.load("two", planned(Twice(other)))
         backend.load("one", one)  # the first weights were forgotten with "two"
         assert backend.report().setup_bytes == before + once
+
+
+def test_stand_ins_that_take_no_memory_have_a_content() -> None:
+    """Zeros of one element, spread: what an estimate of a shared model loads for its weights."""
+    for shape in ((1,), (3, 1), (3, 4)):
+        spread, plain = torch.zeros(()).expand(shape), torch.zeros(shape)
+        assert content_key(spread) == content_key(plain)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.diffusion.planned import PlannedNetwork
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import make_plan
+from sfumato.graph.planning import make_plan
 from sfumato.zoo.classes import KINDS, ClassModel, load_class_model, save_class_model
 from sfumato.zoo.dit import DiT
 from sfumato.zoo.judge import ColourJudge, load_named_judge, save_judge

@@ -19,7 +19,8 @@ from sfumato.bench.floor import Floor, Rates, Work
 from sfumato.bench.machine import Foreign, cores
 from sfumato.errors import SfumatoError
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import Plan, client_side, make_plan
+from sfumato.graph.plan import Plan, client_side
+from sfumato.graph.planning import make_plan
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport

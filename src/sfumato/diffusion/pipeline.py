@@ -28,7 +28,8 @@ from sfumato.diffusion.steering import Steering
 from sfumato.diffusion.surface import Surface
 from sfumato.errors import JobError
 from sfumato.graph.places import SECRETS
-from sfumato.graph.plan import PROFILES, Plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import PROFILES
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.names import shared_name
 from sfumato.runtime.remote import open_backend

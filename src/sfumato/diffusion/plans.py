@@ -27,7 +27,8 @@ from sfumato.diffusion.request import Prepared
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
 from sfumato.graph.kept import load_cached, save_cached, weights_digest
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 from sfumato.graph.program import Program
 from sfumato.runtime.backend import Backend
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from sfumato.errors import JobError
 from sfumato.graph.places import SECRETS
-from sfumato.graph.plan import PROFILES, Plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import PROFILES
 from sfumato.inference.generation import GenerateOutput, Generation, Wishes
 from sfumato.inference.layout import Layout
 from sfumato.inference.loading import TASKS, Loaded, check_model, load_model

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
 from sfumato.graph.kept import load_cached, place, release, save_cached, weights_digest
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 from sfumato.inference.layout import Layout
 from sfumato.inference.loading import Loaded
 from sfumato.inference.modules import Choose, Decode, OneCall, Prefill, has_rotary, takes

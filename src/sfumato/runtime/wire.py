@@ -39,6 +39,8 @@ if sys.byteorder != "little":  # pragma: no cover
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The little-endian bytes of ``tensor``, without a copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:
+        flat = flat.as_strided((1,), (1,))  # contiguous whatever its stride, where a view of bytes needs 1
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 

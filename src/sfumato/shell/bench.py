@@ -19,7 +19,7 @@ from sfumato.bench.machine import machine
 from sfumato.bench.measure import Settings, measure
 from sfumato.bench.peers import Key, latest, peer_records, read_lines
 from sfumato.errors import JobError
-from sfumato.graph.plan import PROFILES
+from sfumato.graph.planning import PROFILES
 
 __all__ = ["Bench", "list_cases", "run_bench"]
 

@@ -40,7 +40,7 @@ def ui(
         raise JobError("the page needs Gradio; install sfumato[ui]")
     console = Console()
     with console.status("opening the page"):
-        from sfumato.graph.plan import PROFILES
+        from sfumato.graph.planning import PROFILES
         from sfumato.ui.jobs import Studio
         from sfumato.ui.server import address, listen, serve
         from sfumato.ui.settings import Settings

@@ -13,7 +13,8 @@ from sfumato.api import Deployment, deploy
 from sfumato.bench.emulated import NETWORKS, Emulated
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 from sfumato.zoo.shapes import SHAPES, Shape, with_quad
 
 __all__ = ["PUBLISHED", "ROWS", "CostRow", "Profile", "Published", "cost_rows"]

@@ -22,7 +22,8 @@ from sfumato.errors import JobError
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.capture import capture
 from sfumato.graph.kept import load_cached, place, save_cached, weights_digest
-from sfumato.graph.plan import Plan, make_plan
+from sfumato.graph.plan import Plan
+from sfumato.graph.planning import make_plan
 from sfumato.study.setting import Setting
 from sfumato.study.subject import Subject
 
