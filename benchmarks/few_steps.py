@@ -96,8 +96,9 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Few steps of the exact network against fifty", "",
         "`python benchmarks/few_steps.py MODEL SETTING...`: settings are solver, steps, guidance and steps at the end "
-        "without it; DPM-Solver++ on trailing timesteps. Float. Fréchet distance in a classifier's features and class "
-        "accuracy, with 95 % intervals of the differences to the first row (same prompts and seeds). Cost: evaluations "
+        "without it; DPM-Solver++ on trailing timesteps; `few:N` is a student of N steps. Float. "
+        "Fréchet distance in a classifier's features and class accuracy, with 95 % intervals of the differences to the "
+        "first row (same prompts and seeds). Cost: evaluations "
         "of one half, over the first row's.", "",
     ]  # fmt: skip
     for name, found in record.items():

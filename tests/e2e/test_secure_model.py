@@ -16,7 +16,7 @@ from sfumato.errors import JobError
 from sfumato.graph.plan import Plan
 from sfumato.inference.model import SecureModel
 from sfumato.inference.texts import TEXTS
-from sfumato.ops.attention import plan_softmax
+from sfumato.ops.softmax import plan_softmax
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -338,6 +338,8 @@ def test_what_a_call_refuses(saved: Save) -> None:
         model.generate(PROMPT)
     with pytest.raises(JobError, match="give pixel_values"):
         opened(saved("vit"), calibration=None)([object()])
+    with pytest.raises(JobError, match="must be pixel tensors of shape"):
+        opened(saved("vit"))(pixel_values=torch.zeros(1, 3, 16, 16))
     nameless = SecureModel.from_model(model.loaded.model, task="sequence-classification", backend="simulate")
     with pytest.raises(JobError, match="no tokenizer"):
         nameless(TEXT)
@@ -374,3 +376,30 @@ def test_the_parties_never_get_a_token(writer: SecureModel) -> None:
         public = [i for i in plan.program.user_inputs if str(plan.places[i.name]) == "public"]
         assert {i.source for i in public} <= allowed
     assert isinstance(writer.loaded.model.get_input_embeddings().weight, Tensor)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_fast_calls_mix_rings(saved: Save, name: str) -> None:
+    """With the client's mask, too; nearer to float than the profile's budget for a call, times the calls in a row."""
+    options = {"calibration": None} if name == "vit" else {}
+    model = opened(saved(name), profile="fast", **options)
+    given = TEXT if name != "vit" else torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    call = {"pixel_values": given} if name == "vit" else {"texts": given}
+    plan = model.plan(**call)
+    assert any(note.startswith("mixed rings") for note in plan.notes)
+    assert {"Z32", "Z64"} >= {plan.format_of(n.name).ring for n in plan.secret_nodes} >= {"Z32"}
+    with torch.no_grad():
+        inputs = (
+            {"pixel_values": given}
+            if name == "vit"
+            else {"input_ids": torch.tensor([tokenizer()(TEXT)["input_ids"]])}
+        )
+        expected = model.loaded.model(**inputs).logits
+    found = model(**call)
+    assert float((found.outputs["logits"] - expected).norm() / expected.norm()) < 3e-2
+    assert found.report.same_cost(model.estimate(**call))
+
+
+def test_a_text_is_not_written_on_where_rings_differ_from_call_to_call(saved: Save) -> None:
+    with pytest.raises(JobError, match="not written on under ditto"):
+        opened(saved("gpt2"), profile="ditto").generate("a", max_new_tokens=1)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.ops import attention as attention_module
-from sfumato.ops.attention import SoftmaxPlan, attention, plan_softmax, softmax, split_mask
+from sfumato.ops.attention import attention
+from sfumato.ops.masks import split_mask
+from sfumato.ops.softmax import SoftmaxPlan, plan_softmax, softmax
 from sfumato.ops.tiles import DEFAULT_TILES
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3

@@ -20,10 +20,11 @@ from torch import Tensor
 from sfumato.errors import RangeError
 from sfumato.ops import basic, compare
 from sfumato.ops.activation import FUNCTIONS, hardsigmoid, hardswish, plan_smooth, smooth
-from sfumato.ops.attention import attention, plan_softmax, softmax
+from sfumato.ops.attention import attention
 from sfumato.ops.basic import Conv
 from sfumato.ops.elementary import exp, plan_exp, plan_inverse, reciprocal, rsqrt, sqrt
 from sfumato.ops.norm import group_norm, layer_norm, plan_norm, rms_norm
+from sfumato.ops.softmax import plan_softmax, softmax
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sfumato.ops import basic
 from sfumato.ops.activation import FUNCTIONS, plan_smooth, smooth
-from sfumato.ops.attention import SoftmaxPlan, attention, plan_softmax, softmax
+from sfumato.ops.attention import attention
 from sfumato.ops.elementary import exp, plan_exp
 from sfumato.ops.norm import group_norm, plan_norm
+from sfumato.ops.softmax import SoftmaxPlan, plan_softmax, softmax
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
 

@@ -19,9 +19,9 @@ from sfumato.catalogue.prices import Cost
 from sfumato.catalogue.words import Reals
 from sfumato.errors import RangeError
 from sfumato.ops.activation import plan_smooth, smooth
-from sfumato.ops.attention import plan_softmax, softmax
 from sfumato.ops.elementary import exp, plan_exp, plan_inverse, reciprocal, rsqrt, sqrt
 from sfumato.ops.norm import layer_norm, plan_norm
+from sfumato.ops.softmax import plan_softmax, softmax
 from sfumato.protocol.base import Protocol
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring.fixed import decode, encode

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import CaptureError, JobError
 from sfumato.graph.program import Node, map_refs
-from sfumato.ops.attention import FORBIDDEN, score_masks
+from sfumato.ops.masks import FORBIDDEN, score_masks
 
 __all__ = ["call", "evaluate", "resolve"]
 

@@ -45,7 +45,7 @@ def _working(plan: Plan, node: Node) -> int:
     """Bytes that a call holds beside its operands and its result."""
     out, choice = math.prod(node.shape), plan.choices.get(node.name, {})
     shapes = [(a.name, plan.program.types[a.name][0]) for a in node.args if isinstance(a, Ref)]
-    if node.target == "aten.scaled_dot_product_attention.default":
+    if node.target in ("aten.scaled_dot_product_attention.default", "sfumato.masked_attention"):
         scores = math.prod(shapes[0][1][:-1]) * shapes[1][1][-2]
         block = min(scores, DEFAULT_TILES.scores)
         return block * _WORD * _MOVE + _dealt(choice.get("plan", {}), block) + out * _WORD * 2

@@ -114,12 +114,12 @@ def _work(plan: Plan, node: Node) -> list[tuple[str, int]]:
         return [(_SMOOTH.get(target, "inverse"), out)]
     if target in _SOFTMAX:
         return [("score", out)]
-    if target == "aten.scaled_dot_product_attention.default":
+    if target in ("aten.scaled_dot_product_attention.default", "sfumato.masked_attention"):
         scores = math.prod(shapes[0][:-1]) * shapes[1][-2]
         return [("product", scores + out), ("score", scores)]
     if target in _NORMS:
         return [("norm", first)]
-    if target in _COMPARED:
+    if target in _COMPARED or target == "sfumato.argmax_one_hot":
         return [("comparison", first), ("select", first)]
     choice = plan.choices.get(node.name, {})
     return [("smooth", out)] if choice.get("method") in ("series", "clamped") else []

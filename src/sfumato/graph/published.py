@@ -22,7 +22,8 @@ from sfumato.graph.handlers import Context
 from sfumato.graph.handlers.nonlinear_ranges import argument, in_z64, is_short, like
 from sfumato.graph.program import Node, Program
 from sfumato.ops import basic
-from sfumato.ops.attention import FORBIDDEN, lowered, score_masks, turned
+from sfumato.ops.attention import turned
+from sfumato.ops.masks import FORBIDDEN, lowered, score_masks
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Z64, Shared

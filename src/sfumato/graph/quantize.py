@@ -23,7 +23,7 @@ from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
 from sfumato.graph.look_up import LOOK_UP, is_index
 from sfumato.graph.places import Place, Placed
 from sfumato.graph.program import Node, Program, Ref, map_refs
-from sfumato.ops.attention import WEIGHT_FRAC
+from sfumato.ops.softmax import WEIGHT_FRAC
 from sfumato.protocol import cost
 
 __all__ = ["SCHEMES", "Quantized", "Scheme", "quantize"]

@@ -15,6 +15,7 @@ from sfumato.graph.capture import capture
 from sfumato.graph.kept import load_cached, place, release, save_cached, weights_digest
 from sfumato.graph.plan import Plan
 from sfumato.graph.planning import make_plan
+from sfumato.graph.quantize import SCHEMES
 from sfumato.inference.layout import Layout
 from sfumato.inference.loading import Loaded
 from sfumato.inference.modules import Choose, Decode, OneCall, Prefill, has_rotary, takes
@@ -67,7 +68,13 @@ class Planner:
         texts = "input_ids" in inputs
         samples = self._batches if texts else self._pictures
         return name, self._made(
-            name, {"inputs": shapes}, module, {"inputs": blank}, lambda: samples(inputs), public=()
+            name,
+            {"inputs": shapes},
+            module,
+            {"inputs": blank},
+            lambda: samples(inputs),
+            public=(),
+            alone=True,
         )
 
     def _batches(self, inputs: Mapping[str, Tensor]) -> Iterator[Any]:
@@ -92,6 +99,10 @@ class Planner:
                 side = max(1, wanted.shape[-1] >> (i % 5))
                 coarse = torch.randn(wanted.shape[1], side, side, generator=source)
                 given.append(F.interpolate(coarse[None], wanted.shape[-2:])[0])
+        if not all(isinstance(t, Tensor) and t.shape == wanted.shape[1:] for t in given):
+            raise JobError(
+                f"calibration of this model must be pixel tensors of shape {list(wanted.shape[1:])}"
+            )
         for start in range(0, len(given), len(wanted)):
             yield (), {"inputs": {"pixel_values": torch.stack([
                 torch.as_tensor(given[(start + i) % len(given)], dtype=torch.float32) for i in range(len(wanted))
@@ -206,10 +217,17 @@ class Planner:
         given: Mapping[str, Any],
         samples: Callable[[], Iterable[Any]],
         public: Sequence[str],
+        alone: bool = False,
     ) -> Plan:
-        """The plan of this name, from this object or made now; ranges from the disk or from ``samples``."""
+        """The plan of this name, from this object or made now; ranges from the disk or from ``samples``. ``alone``:
+        no other plan reads what it leaves with the parties, so that values may have rings of their own."""
         if name in self._plans:
             return self._plans[name]
+        if not alone and self._profile in SCHEMES and SCHEMES[self._profile].fixed:
+            raise JobError(
+                f"a text is not written on under {self._profile}, whose rings differ from call to call; use another "
+                "profile, such as puma or fast"
+            )
         ranges = load_cached(file := self._file(name, facts))
         plan = make_plan(
             capture(module, (), given),
@@ -218,6 +236,7 @@ class Planner:
             public=[n for n in public if n in given] if self._exact else (),
             calibration=ranges if ranges is not None else cast(Sequence[Any], samples()),
             relocate=self._secret != "inputs",
+            ring="mixed" if alone and self._profile == "fast" else "Z64",
         )
         if ranges is None:
             save_cached(file, plan.calibration)

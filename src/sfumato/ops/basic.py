@@ -38,6 +38,7 @@ __all__ = [
     "Short",
     "add",
     "conv",
+    "factor_words",
     "gain_frac",
     "linear",
     "matmul",
@@ -226,12 +227,13 @@ async def matmul(
     raise TypeMismatch("matmul needs at least one secret")
 
 
-def _factor_words(factor: float) -> tuple[int, int]:
-    """(multiplier, its fraction bits) of a public factor; (1, 0) for one."""
-    if factor == 1.0:
-        return 1, 0
+def factor_words(factor: float) -> tuple[int, int]:
+    """(multiplier, its fraction bits) of a public factor, as short as they can be: (1, 0) for one, (1, 3) for 1/8."""
     bits = max(0, 14 - (math.frexp(factor)[1] - 1))
-    return round(factor * 2.0**bits), bits
+    multiplier = round(factor * 2.0**bits)
+    while bits and multiplier % 2 == 0:
+        multiplier, bits = multiplier // 2, bits - 1
+    return multiplier, bits
 
 
 async def _tiled_product(
@@ -245,7 +247,7 @@ async def _tiled_product(
     short: Short | None,
     scales: Scales,
 ) -> Shared:
-    multiplier, gain = _factor_words(factor)
+    multiplier, gain = factor_words(factor)
     out, ring = scales.of(x), x.ring
     if short is not None and factor == 1.0:
         x, y = short(p, s, x, y)

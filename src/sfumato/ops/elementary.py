@@ -67,8 +67,8 @@ async def with_frac(p: Protocol, s: Session, x: Shared, frac: int) -> Shared:
 _FINEST = 26
 #: exp of hi - 20 is nothing beside exp(hi): what lies below may be clipped to it.
 _FLOOR = -20.0
-#: A clip: one comparison and product (about 420 bits, 4 rounds).
-_CLIP_BITS = 600.0
+#: A clip: one comparison and product (about 420 bits, 4 rounds; in Z32 230 bits).
+_CLIP_BITS, _SHORT_CLIP_BITS = 600.0, 260.0
 #: Fraction bits carried through squarings.
 _CARRIED = 30
 
@@ -98,7 +98,12 @@ class ExpPlan:
     @property
     def bits(self) -> float:
         """Bits per element in all."""
-        return _exponential_bits(self.core, self.frac, self.squarings) + (_CLIP_BITS if self.clip else 0.0)
+        return self.weight(short=False)
+
+    def weight(self, *, short: bool) -> float:
+        """The same, for an argument in Z32 if ``short``."""
+        clip = _SHORT_CLIP_BITS if short else _CLIP_BITS
+        return _exponential_bits(self.core, self.frac, self.squarings) + (clip if self.clip else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,11 +127,15 @@ def plan_exp(
     frac: int = 18,
     cut: float = -math.inf,
     carried: int = _CARRIED,
+    floor: float | None = None,
+    short: bool = False,
 ) -> ExpPlan:
     """Choose squarings, block bits and words for the relative ``tolerance`` on [lo, hi]; ``frac`` is the input's.
 
     Below ``cut`` the error is absolute, tolerance times exp(cut). ``carried``: the result's fraction bits at most.
-    Where the range is too wide for the ring, or it is cheaper, x is first clipped to ``cut`` (hi - 20 without one).
+    ``floor``: what lies below may be clipped to it (default: ``cut``, or hi - 20 without one). ``short``: the argument
+    is in Z32.
+    Where the range is too wide for the ring, or it is cheaper, x is first clipped.
 
     Raises:
         RangeError: [lo, hi] is empty, or exp(hi) too large for the ring.
@@ -137,7 +146,9 @@ def plan_exp(
     carried = min(carried, math.floor(HEADROOM_BITS - 1 - max(hi, 0.0) * _LOG2E))
     whole = _cheapest_exp(lo, hi, tolerance, frac, carried, max(cut, lo))
     # Where even the range above the cut does not fit, the cut moves up: errors stay absolute, and small beside exp(hi).
-    floor, clipped = (cut if math.isfinite(cut) else hi + _FLOOR), None
+    if floor is None:
+        floor = cut if math.isfinite(cut) else hi + _FLOOR
+    clipped = None
     while lo < floor < hi - 6.0 and clipped is None:
         clipped = _cheapest_exp(floor, hi, tolerance, frac, carried, floor)
         floor += 0.0 if clipped else 1.0
@@ -151,7 +162,7 @@ def plan_exp(
         raise RangeError(
             f"exp on [{lo:g}, {hi:g}] does not fit the ring at {frac} fraction bits; narrow the scores' range"
         )
-    return min(options, key=lambda plan: plan.bits + 3 * _ROUND_BITS * plan.squarings)
+    return min(options, key=lambda plan: plan.weight(short=short) + 3 * _ROUND_BITS * plan.squarings)
 
 
 def _cheapest_exp(

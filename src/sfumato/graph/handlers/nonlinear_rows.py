@@ -32,7 +32,7 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     window_bits,
 )
 from sfumato.graph.program import Node
-from sfumato.ops import attention, compare, norm
+from sfumato.ops import attention, compare, masks, norm, softmax
 from sfumato.ops.basic import neg
 from sfumato.ops.winner import argmax_one_hot
 from sfumato.protocol import cost
@@ -201,7 +201,7 @@ def _planned_rows(node: Node, stats: Stats, options: Options, *, masked: bool) -
     lo -= lowered
 
     def make() -> dict[str, Any]:
-        plan = attention.plan_softmax(
+        plan = softmax.plan_softmax(
             count, lo, hi, row_lo, row_hi, reach=reach, frac=options.frac, short=is_short(options),
             tolerance=allowed,
         )  # fmt: skip
@@ -222,11 +222,9 @@ def _planned_rows(node: Node, stats: Stats, options: Options, *, masked: bool) -
 
 
 async def _softmax(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    plan = attention.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
+    plan = softmax.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
     x = await in_z64(ctx, s.fork("in"), args[0])
-    y = await attention.softmax(
-        ctx.protocol, s.fork("softmax"), x, int(args[1]), plan, look=ctx.watching(node)
-    )
+    y = await softmax.softmax(ctx.protocol, s.fork("softmax"), x, int(args[1]), plan, look=ctx.watching(node))
     return await like(ctx, s.fork("out"), y)
 
 
@@ -252,7 +250,7 @@ def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     scores = _scores(args, kwargs)
     mask, allowed = argument(args, kwargs, 3, "attn_mask"), None
     if isinstance(mask, Tensor):
-        allowed, bias = attention.split_mask(mask)
+        allowed, bias = masks.split_mask(mask)
         scores = scores if bias is None else scores + bias
     if argument(args, kwargs, 5, "is_causal", False):
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -261,7 +259,7 @@ def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
 
 async def _masked_attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
     """Attention with a secret mask of 0/1 words."""
-    plan = attention.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
+    plan = softmax.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
     q, k, v = await _affine(ctx, s, *args[:3])
     ring = next(x.ring for x in (q, k) if isinstance(x, Shared))
     scale, mask = kwargs.get("scale"), await ctx.protocol.cast(s.fork("mask"), args[3], ring)
@@ -274,7 +272,7 @@ async def _masked_attention(ctx: Context, s: Session, node: Node, args: Args, kw
 
 
 async def _attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    plan = attention.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
+    plan = softmax.SoftmaxPlan.from_dict(ctx.choice(node)["plan"])
     q, k, v = await _affine(ctx, s, *args[:3])
     scale = argument(args, kwargs, 6, "scale")
     y = await attention.attention(

@@ -13,7 +13,7 @@ from sfumato.graph.evaluate import resolve
 from sfumato.graph.handlers.kinds import Context, Handler
 from sfumato.graph.program import Node
 from sfumato.ops import basic
-from sfumato.ops.attention import FORBIDDEN, lowered, score_masks
+from sfumato.ops.masks import FORBIDDEN, lowered, score_masks
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Shared
