@@ -400,6 +400,18 @@ def test_fast_calls_mix_rings(saved: Save, name: str) -> None:
     assert found.report.same_cost(model.estimate(**call))
 
 
+def test_a_public_prefix_runs_at_the_client(saved: Save) -> None:
+    """Embeddings and the first of two layers: half of the bytes, the same answer."""
+    whole = opened(saved("bert"))
+    frozen = opened(saved("bert"), public_weights=("bert.embeddings.*", "bert.encoder.layer.0.*"))
+    found, wanted = frozen(TEXT), whole(TEXT)
+    assert float((found.outputs["logits"] - wanted.outputs["logits"]).abs().max()) < 5e-3
+    assert sum(found.report.bytes_sent) < 0.6 * sum(wanted.report.bytes_sent)
+    assert found.report.setup_bytes < 0.7 * wanted.report.setup_bytes
+    with pytest.raises(JobError, match="fits no weight"):
+        opened(saved("bert"), public_weights="bert.nothing.*")(TEXT)
+
+
 def test_a_text_is_not_written_on_where_rings_differ_from_call_to_call(saved: Save) -> None:
     with pytest.raises(JobError, match="not written on under ditto"):
         opened(saved("gpt2"), profile="ditto").generate("a", max_new_tokens=1)

@@ -77,6 +77,7 @@ class SecureModel:
         padding: bool = True,
         calibration: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
+        public_weights: str | Sequence[str] = (),
     ) -> None:
         for name, value, known in (
             ("secret", secret, SECRETS), ("profile", profile, PROFILES), ("backend", backend, _BACKENDS)
@@ -91,8 +92,9 @@ class SecureModel:
         self.max_length = max_length or min(_MAX_LENGTH, loaded.longest)
         self.padding = padding
         self._planner = Planner(
-            loaded, secret=secret, profile=profile, calibration=calibration, exact=not padding
-        )
+            loaded, secret=secret, profile=profile, calibration=calibration, exact=not padding,
+            public_weights=(public_weights,) if isinstance(public_weights, str) else public_weights,
+        )  # fmt: skip
         opened = partial(open_backend, backend, cluster=cluster, keys=keys, options={**(options or {})})
         self._reader = Reader(loaded, self._planner.extra, self.max_length, padding=padding)
         self._options = dict(options or {})
@@ -117,6 +119,7 @@ class SecureModel:
         padding: bool = True,
         calibration: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
+        public_weights: str | Sequence[str] = (),
         **loading: Any,
     ) -> Self:
         """The model behind a folder in the hub's format, or a hub id.
@@ -137,6 +140,8 @@ class SecureModel:
             calibration: texts to measure ranges on, or tensors of pixels (channels, height, width), instead of the
                 built-in ones. They are not secret.
             options: of the protocol, passed to the parties.
+            public_weights: with secret weights, patterns of parameters that everyone may see, such as those of a
+                pre-trained prefix (``"bert.embeddings.*"``): what they make of the text runs at the client.
 
         Raises:
             JobError: one sentence on what cannot be loaded or is not served.
@@ -148,6 +153,7 @@ class SecureModel:
         return cls(
             load_model(path_or_id, task, **loading), secret=secret, profile=profile, cluster=cluster, keys=keys,
             backend=backend, max_length=max_length, padding=padding, calibration=calibration, options=options,
+            public_weights=public_weights,
         )  # fmt: skip
 
     @classmethod

@@ -40,11 +40,19 @@ class Planner:
     built-in ones; it is not secret."""
 
     def __init__(
-        self, loaded: Loaded, *, secret: str, profile: str, calibration: Sequence[Any] | None, exact: bool
+        self,
+        loaded: Loaded,
+        *,
+        secret: str,
+        profile: str,
+        calibration: Sequence[Any] | None,
+        exact: bool,
+        public_weights: Sequence[str] = (),
     ) -> None:
         if isinstance(calibration, str | Mapping) or (calibration is not None and not len(calibration)):
             raise JobError("calibration must be a list of texts or of pixel tensors, at least one of them")
         self._loaded, self._secret, self._profile, self._exact = loaded, secret, profile, exact
+        self._public = tuple(f"model.{pattern}" for pattern in public_weights)
         self._given = calibration
         self._plans: dict[str, Plan] = {}
         self._digest = ""
@@ -237,6 +245,7 @@ class Planner:
             calibration=ranges if ranges is not None else cast(Sequence[Any], samples()),
             relocate=self._secret != "inputs",
             ring="mixed" if alone and self._profile == "fast" else "Z64",
+            public_weights=() if isinstance(module, Choose) else self._public,
         )
         if ranges is None:
             save_cached(file, plan.calibration)
@@ -255,7 +264,7 @@ class Planner:
         settings = {
             "format": _FORMAT, "release": release(), "weights": self._digest, "class": type(model).__name__,
             "secret": self._secret, "profile": self._profile, "exact": self._exact, "name": name,
-            "calibration": calibration, **facts,
+            "calibration": calibration, "public_weights": list(self._public), **facts,
         }  # fmt: skip
         return place("calibration", settings, ".json")
 
