@@ -94,7 +94,9 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="+", metavar="FOLDER=PROFILE[:RING]")
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--examples", type=int, default=560, help="sentences of the test set (default 560)")

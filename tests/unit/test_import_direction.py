@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "quality": BASE,
     "dp": BASE | {"zoo"},
     "diffusion": MACHINERY | {"runtime", "zoo"},
-    "inference": MACHINERY | {"runtime"},
+    "inference": MACHINERY | {"runtime", "zoo"},
     "catalogue": BASE | {"ring", "link", "session", "protocol", "ops", "zoo"},
     "study": MACHINERY | {"runtime", "api", "bench", "zoo", "quality", "diffusion"},
     "ui": MACHINERY | {"runtime", "zoo", "diffusion"},

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from sfumato.errors import JobError
 from sfumato.inference.modules import takes
+from sfumato.zoo.train.text.replace import REPLACED, load_student
 
 __all__ = ["TASKS", "Loaded", "load_model"]
 
@@ -101,7 +102,8 @@ class Loaded:
 
 
 def load_model(path_or_id: str | Path, task: str | None = None, **options: Any) -> Loaded:
-    """The model behind a folder or a hub id for a task; without one, the task that its architecture is for.
+    """The model behind a folder or a hub id for a task; without one, the task that its architecture is for. A folder
+    with ``replaced.json`` holds a student of `sfumato.zoo.train.text`, whose replacements are made.
 
     Raises:
         JobError: nothing is there, no such task, or a model that is not served; one sentence.
@@ -130,6 +132,8 @@ def load_model(path_or_id: str | Path, task: str | None = None, **options: Any) 
             config = transformers.AutoConfig.from_pretrained(source, **where)
             task = task or _task_of(config, source)
             model = _class_for(config, task).from_pretrained(source, dtype=torch.float32, **options)
+            if (folder / REPLACED).is_file():
+                model = load_student(folder)[0]
     except JobError:
         raise
     except Exception as error:
