@@ -3,10 +3,10 @@
     python benchmarks/transformer_utility.py --data TEXTS MODELS/sst2-0=puma MODELS/sst2-0=fast:mixed \
         STUDENTS/sst2-ditto-0=ditto STUDENTS/sst2-ditto-0=fast:mixed
 
-FOLDER=PROFILE[:RING]: a teacher or a student of ``python -m sfumato.zoo.train.text``. Weights and sentences are secret;
-sentences are padded to 48 pieces under a secret mask, 16 in a batch; ranges come from sentences of the training set.
-Accuracy is by the plan's arithmetic in the clear (``plain``), whose agreement with the protocol the tests hold; bytes and
-rounds are exact, of the parties, for a batch. Pages: results/transformer-utility.json and .md.
+FOLDER=PROFILE[:RING]: a teacher or a student of ``python -m sfumato.zoo.train.text``. Weights and sentences are
+secret; sentences are padded to 48 pieces under a secret mask, 16 in a batch; ranges come from sentences of the training
+set. Accuracy is by the plan's arithmetic in the clear (``plain``), whose agreement with the protocol the tests hold;
+bytes and rounds are exact, of the parties, for a batch. Pages: results/transformer-utility.json and .md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def examined(folder: Path, profile: str, ring: str, data: Path, examples: int) -
         sf.capture(model, (), batches[0]), secret="inputs+weights", profile=profile, ring=ring,
         calibration=[((), encoded(tokenizer, [train.texts[i] for i in row])) for row in picked],
     )  # fmt: skip
-    found, exact, errors, left = [], [], [], 0
+    found, exact, errors = [], [], []
     # A published polynomial may overflow where a comparison takes it out: the parties' words wrap there, too.
     with Deployment(plan, open_backend("plain", options={"wraps": True, "certificate": False})) as deployment:
         for batch in tqdm(batches, desc=f"{folder.name} {profile}", leave=False):
@@ -78,9 +78,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Trained classifiers under profiles", "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "), "",
-        f"{common.machine_line()}" if hasattr(common, "machine_line") else "", "",
-        "| model | activation, softmax | profile | rings | sentences | accuracy | in float | change, 95 % | same class | "
-        "relative error of logits | MB a sentence | rounds a batch |",
+        common.machine_line(common.machine()), "",
+        "| model | activation, softmax | profile | rings | sentences | accuracy | in float | change, 95 % | same class "
+        "| relative error of logits | MB a sentence | rounds a batch |",
         "|" + "---|" * 12,
     ]  # fmt: skip
     for row in rows:
