@@ -8,8 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sfumato.bench.machine import machine, machine_line
+from sfumato.bench.page import markdown_table
 from sfumato.errors import JobError
-from sfumato.shell.reproduce import bars, machine_line, markdown
+from sfumato.shell.reproduce import bars
 from sfumato.study.costs import PUBLISHED, CostRow, cost_rows, records
 
 __all__ = ["DEFAULT_MODELS", "models_of", "run_costs"]
@@ -86,14 +88,14 @@ def _page(paper: str, models: str, rows: Sequence[CostRow], networks: Sequence[s
     timed = "".join(f" --network {name}" for name in networks)
     lines = [
         f"# {paper.capitalize()}: cost of published sizes", "",
-        f"`sfumato reproduce {paper} --model {models}{timed}`. {machine_line()}", "",
+        f"`sfumato reproduce {paper} --model {models}{timed}`. {machine_line(machine())}", "",
         "Random weights, all secret; token ids secret, as keys of point functions; bytes (1e9) of the three parties "
         "and of the client's own link, certificate included, exact; \"fewer\" is against a model's first row. Rows run "
         "on the same engine and kernels: a paper's row shows its functions, types and casts, not its system. Error: "
         "relative L2 of the last hidden state against the same model in float, by the plan's arithmetic in the clear; "
         "models of the GPT type answer with the next token's id, argmax included. Ranges are from two other random "
         "inputs.", "",
-        *markdown(_heads(networks), [_cells(row, _base(rows, row), networks) for row in rows]),
+        markdown_table(_heads(networks), [_cells(row, _base(rows, row), networks) for row in rows]), "",
     ]  # fmt: skip
     if networks:
         lines += [
@@ -109,5 +111,5 @@ def _page(paper: str, models: str, rows: Sequence[CostRow], networks: Sequence[s
     ]  # fmt: skip
     if printed:
         lines += ["## What the papers print", "", "On their machines and engines; GiB of all parties.", ""]
-        lines += markdown(("model", "system", "GiB", "GB", "s", ""), printed)
+        lines.append(markdown_table(("model", "system", "GiB", "GB", "s", ""), printed))
     return "\n".join(lines).rstrip() + "\n"

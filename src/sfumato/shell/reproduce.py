@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sfumato.bench.machine import machine
+from sfumato.bench.machine import machine, machine_line
 from sfumato.quality import Interval
 from sfumato.study.inception import Inception, inception_distances
 from sfumato.study.merit import Merit
 from sfumato.study.reproduce import Asked, Outcome, Validation, reproduce, tables_of, write
 from sfumato.study.tables import ORIGINAL
 
-__all__ = ["bars", "machine_line", "markdown", "run_reproduce"]
+__all__ = ["bars", "run_reproduce"]
 
 _COLUMNS = (
     "row", "images", "Fréchet", "difference", "accuracy", "CLIP", "F1", "precision / recall", "PSNR", "MB", "rounds",
@@ -122,7 +122,8 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
         f"`sfumato reproduce {outcome.study.name} --model {outcome.asked.model} --images {outcome.asked.images}"
         f"{f' --secure {outcome.asked.secure}' if outcome.asked.secure else ''}"
         f"{f' --secure-steps {most}' if outcome.asked.secure and most is not None else ''}"
-        f"{' --main' if outcome.asked.main else ''}{' --ours' if outcome.asked.ours else ''}`. {machine_line()}", "",
+        f"{' --main' if outcome.asked.main else ''}{' --ours' if outcome.asked.ours else ''}`. "
+        f"{machine_line(machine())}", "",
         "Fréchet distance, precision and recall are in the features of a classifier that was trained on the same real "
         "data, so they are not comparable with published FID; differences are to the first row, with 95 % intervals of "
         "a bootstrap over pairs of the same prompt and seed. PSNR is the median to the original's image. MB and rounds "
@@ -134,7 +135,7 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
     ]  # fmt: skip
     for table in tables_of(outcome.asked, outcome.study):
         lines += [f"## {table.title}", "", f"{table.shows[0].upper()}{table.shows[1:]}.", ""]
-        lines += markdown(*_told([_cells(outcome.merits[row.name]) for row in table.rows]))
+        lines += _markdown(*_told([_cells(outcome.merits[row.name]) for row in table.rows]))
     if distances:
         lines += ["## Inception's features", "",
                   f"Fréchet distance to the images of {ORIGINAL.name}, in the features of published FID (InceptionV3, "
@@ -142,13 +143,13 @@ def _write_page(outcome: Outcome, distances: Mapping[str, float]) -> Path:
         shown: list[tuple[str, ...]] = [
             (name, f"{outcome.merits[name].images:,}", f"{d:.3f}") for name, d in distances.items()
         ]
-        lines += markdown(("row", "images", "Fréchet, Inception"), shown)
+        lines += _markdown(("row", "images", "Fréchet, Inception"), shown)
     if outcome.validations:
         lines += ["## The simulation against the protocol", "",
                   "The same prompts and seeds, by the plan's arithmetic in the clear and by three processes over TLS. "
                   "Truncation rounds at random in both, so images differ in their last bits. CPU s are of the three "
                   "parties together, 20 images at once; a step's over that of the exact network.", ""]  # fmt: skip
-        lines += markdown(
+        lines += _markdown(
             ("row", "images", "PSNR, smallest", "PSNR, median", "same class", "Fréchet, protocol",
              "Fréchet, simulation", "CPU s an image", "a step, over float"),
             [_validated(v) for v in outcome.validations],
@@ -166,17 +167,7 @@ def _validated(v: Validation) -> tuple[str, ...]:
     return (v.name, f"{v.merit.images:,}", *near, same, told, plain, *spent)
 
 
-def machine_line() -> str:
-    """One sentence on the machine and the versions that a page was made with."""
-    known = machine()
-    packages = ", ".join(f"{name} {version}" for name, version in known["packages"].items())
-    return (
-        f"{known['cpu']}, {known['cores']} cores, {known['memory_gib']} GiB; {known['system']}; {packages}."
-    )
-
-
-def markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A table's lines, and an empty one."""
+def _markdown(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
