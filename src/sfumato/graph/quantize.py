@@ -121,9 +121,10 @@ class _Quantizer:
         self.short = Format("Z32", self.frac)
 
     def _common_frac(self) -> int:
-        """Fraction bits of activations with which a square of each norm's deviations fits, where so many are enough."""
-        fits = [15 - _bits(self._deviation(n)) for n in self.nodes.values() if n.target in _NORMS]
-        return min([self.scheme.frac, *(max(f, self.scheme.least) for f in fits)])
+        """Fraction bits of activations with which a square of each norm's deviations fits, of those that so many are
+        enough for."""
+        fits = [_fits_square(self._deviation(n)) for n in self.nodes.values() if n.target in _NORMS]
+        return min([self.scheme.frac, *(f for f in fits if f >= self.scheme.least)])
 
     def _deviation(self, node: Node) -> float:
         """The largest |x - mean| of a norm in future runs."""
@@ -268,7 +269,7 @@ class _Quantizer:
     def _norm(self, node: Node, wants: dict[str, Format]) -> str | None:
         """A square of each deviation has to fit, and its product with gamma, which gets the bits that are left."""
         deviation, stats = self._deviation(node), self.measured.of(node)
-        if not math.isfinite(deviation) or 2 * (_bits(deviation) + self.frac) > 30:
+        if not math.isfinite(deviation) or self.frac > _fits_square(deviation):
             return f"normalises deviations of {deviation:.3g}"
         least = 2.0 ** (stats.get("lo_log_square", math.inf) / 2)
         if _ROUNDED * 2.0**-self.frac > budget(self.options).words * least:
@@ -357,6 +358,12 @@ def _with_refs(node: Node, renamed: Mapping[str, str]) -> Node:
     return replace(
         node, args=map_refs(node.args, new), kwargs={k: map_refs(v, new) for k, v in node.kwargs.items()}
     )
+
+
+def _fits_square(size: float) -> int:
+    """The most fraction bits with which a square of values up to ``size`` takes a quarter of what Z32 holds: a norm sums
+    others to it."""
+    return math.floor(14 - math.log2(size)) if 0.0 < size < math.inf else 0 if size else 14
 
 
 def _bits(size: float) -> int:
