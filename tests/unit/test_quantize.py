@@ -64,14 +64,16 @@ def error(block: Block, plan: Plan, backend: str) -> float:
 
 
 @pytest.mark.parametrize("secret", ["inputs", "inputs+weights"])
-@pytest.mark.parametrize(("profile", "bound"), [("fast", 5e-3), ("precise", 1e-3)])
-def test_mixed_plans_are_lighter_and_close_to_float(secret: str, profile: str, bound: float) -> None:
+@pytest.mark.parametrize(("profile", "bound", "share"), [("fast", 5e-3, 0.8), ("precise", 1e-3, 0.95)])
+def test_mixed_plans_are_lighter_and_close_to_float(
+    secret: str, profile: str, bound: float, share: float
+) -> None:
     block = model()
     mixed = planned(block, secret=secret, profile=profile, ring="mixed")
     assert error(block, mixed, "plain") < bound
     assert error(block, mixed, "simulate") < bound
     cost, uniform = sf.estimate(mixed), sf.estimate(planned(block, secret=secret, profile=profile))
-    assert sum(cost.bytes_sent) < 0.8 * sum(uniform.bytes_sent)
+    assert sum(cost.bytes_sent) < share * sum(uniform.bytes_sent)
     assert cost.setup_bytes <= uniform.setup_bytes
 
 
