@@ -361,8 +361,8 @@ def _with_refs(node: Node, renamed: Mapping[str, str]) -> Node:
 
 
 def _fits_square(size: float) -> int:
-    """The most fraction bits with which a square of values up to ``size`` takes a quarter of what Z32 holds: a norm sums
-    others to it."""
+    """The most fraction bits with which a square of values up to ``size`` takes a quarter of what Z32 holds: a norm
+    sums others to it."""
     return math.floor(14 - math.log2(size)) if 0.0 < size < math.inf else 0 if size else 14
 
 

@@ -74,7 +74,7 @@ class Backend(ABC):
         self._client_bytes = 0
         self._setup_bytes = 0
         self._secret_weights: dict[str, dict[str, str]] = {}
-        self._weight_handles: dict[tuple[str, str, int], str] = {}  # by content, ring and fraction bits
+        self._weight_handles: dict[tuple[str, ...], str] = {}  # by name, content, ring and fraction bits
         self._weights = 0
         self._plans: dict[str, Plan] = {}
         if certificate not in (True, False, "all"):
@@ -88,7 +88,7 @@ class Backend(ABC):
 
     def load(self, name: str, plan: Plan) -> None:
         """Give the parties a plan and its weights: public words to all, or shares of secret ones. A secret weight that
-        plans have in common is shared once.
+        plans have in common, under one name, is shared once.
 
         Runs of another plan of this name are judged by that one first.
         """
@@ -110,7 +110,8 @@ class Backend(ABC):
         before, mine = self._secret_weights.pop(name, {}), dict[str, str]()
         for weight, tensor in secrets.items():
             type = plan.secret_type(weight)
-            key = weights.weight_key(tensor, type)
+            # By its name, too: that two weights of one model are equal is nobody's business.
+            key = (weight, *map(str, weights.weight_key(tensor, type)))
             handle = self._weight_handles.get(key)
             if handle is None:
                 self._weights += 1

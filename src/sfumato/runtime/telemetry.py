@@ -112,7 +112,7 @@ SPANS = frozenset(
 """Names of spans."""
 
 COMMANDS = frozenset(
-    {"affine", "call", "certify", "close", "describe", "drop", "load", "put", "reveal", "stats"}
+    {"affine", "call", "certify", "close", "describe", "drop", "load", "put", "putindex", "reveal", "stats"}
 )
 """What a client asks for in a session."""
 
