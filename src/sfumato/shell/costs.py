@@ -18,6 +18,7 @@ __all__ = ["DEFAULT_MODELS", "models_of", "run_costs"]
 
 #: What is told where nothing else is asked for.
 DEFAULT_MODELS = {"puma": "bert-base:128,gpt2-base:32", "ditto": "bert-base:128,gpt2-base:32"}
+_TITLES = {"puma": "PUMA", "ditto": "Ditto"}
 _GIB = 1 << 30
 
 
@@ -87,7 +88,7 @@ def _cells(row: CostRow, base: CostRow, networks: Sequence[str]) -> tuple[str, .
 def _page(paper: str, models: str, rows: Sequence[CostRow], networks: Sequence[str]) -> str:
     timed = "".join(f" --network {name}" for name in networks)
     lines = [
-        f"# {paper.capitalize()}: cost of published sizes", "",
+        f"# {_TITLES[paper]}: cost of published sizes", "",
         f"`sfumato reproduce {paper} --model {models}{timed}`. {machine_line(machine())}", "",
         "Random weights, all secret; token ids secret, as keys of point functions; bytes (1e9) of the three parties "
         "and of the client's own link, certificate included, exact; \"fewer\" is against a model's first row. Rows run "
