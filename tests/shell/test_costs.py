@@ -17,7 +17,8 @@ from sfumato.bench.emulated import NETWORKS, Emulated, Network
 from sfumato.errors import JobError
 from sfumato.shell.cli import app
 from sfumato.study import costs
-from sfumato.zoo.shapes import SHAPES, Quad, Shape, _Last, with_quad
+from sfumato.zoo.shapes import SHAPES, Shape, _Last, with_quad
+from sfumato.zoo.train.text.replace import Quad
 
 
 def small() -> nn.Module:

@@ -301,7 +301,9 @@ class PartyMachine:
         x = self._handles.value(handle)
         expected = plan.secret_type(argument)
         if x.shape != expected.shape or x.ring != expected.ring or x.frac not in (0, expected.frac):
-            hint = "; plans that hand values on take one ring, such as ring='Z64'" if plan.options.mixed else ""
+            hint = (
+                "; plans that hand values on take one ring, such as ring='Z64'" if plan.options.mixed else ""
+            )
             raise JobError(f"the value {handle!r} is {x.type}, the input {argument} is {expected}{hint}")
         return x
 

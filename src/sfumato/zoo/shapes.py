@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
-__all__ = ["SHAPES", "Quad", "Shape", "with_quad"]
+from .train.text.replace import Quad
+
+__all__ = ["SHAPES", "Shape", "with_quad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,6 @@ SHAPES: dict[str, Shape] = {
         Shape("gpt2-medium", _gpt2(24, 1024), 50257, causal=True),
     )
 }  # fmt: skip
-
-
-class Quad(nn.Module):
-    """0.125 x^2 + 0.25 x + 0.5, in place of GELU ([MPCFormer] 2.2)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.125 * x * x + 0.25 * x + 0.5
 
 
 def with_quad(model: nn.Module) -> nn.Module:
