@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -352,8 +353,9 @@ class SecureModel:
         seed = given.pop("seed", None)
         if seed is not None and given.get("generator") is not None:
             raise JobError("seed and generator say the same; give one of them")
-        if seed is not None:
-            given["generator"] = torch.Generator().manual_seed(seed)
+        if given.get("generator") is None:
+            # The noise is a secret input: torch's own generator starts from one number in every process.
+            given["generator"] = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         return Wishes(**given)
 
     def _written(
