@@ -10,7 +10,10 @@ from sfumato.errors import CaptureError
 from sfumato.graph.handlers.kinds import Options
 from sfumato.types import Ring
 
-__all__ = ["Format", "Formats", "formats_from_json", "formats_to_json", "options_at"]
+__all__ = ["WHOLE", "Format", "Formats", "formats_from_json", "formats_to_json", "options_at"]
+
+#: Client values that are 0/1 words by construction, without fraction bits.
+WHOLE = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
 
 
 class Format(NamedTuple):

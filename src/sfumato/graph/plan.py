@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import CaptureError, JobError
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.evaluate import evaluate
-from sfumato.graph.formats import Format, Formats, formats_from_json, formats_to_json, options_at
+from sfumato.graph.formats import WHOLE, Format, Formats, formats_from_json, formats_to_json, options_at
 from sfumato.graph.handlers import Options
 from sfumato.graph.look_up import is_index, rows_of
 from sfumato.graph.order import Order, ordered
@@ -28,8 +28,6 @@ from sfumato.types import Index, Ring, Secret
 __all__ = ["ClientValues", "LoadValues", "Plan", "client_side", "load_side"]
 
 FORMAT = 4
-#: Client values that are 0/1 words by construction.
-_WHOLE_TARGETS = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
 
 
 #: What stays with whoever made a plan.
@@ -102,7 +100,7 @@ class Plan:
         """Ring, fraction bits and shape under which a frontier value is shared."""
         shape, _ = self.program.types[name]
         node = self._by_name.get(name)
-        whole = node is not None and node.target in _WHOLE_TARGETS
+        whole = node is not None and node.target in WHOLE
         ring, frac = self.format_of(name)
         return Secret(Ring.named(ring), 0 if whole else frac, shape)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sfumato.errors import JobError
 from sfumato.graph.calibrate import Calibration
-from sfumato.graph.formats import Format
+from sfumato.graph.formats import WHOLE, Format
 from sfumato.graph.handlers import HANDLERS, Options
 from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
 from sfumato.graph.look_up import LOOK_UP, is_index
@@ -172,7 +172,7 @@ class _Quantizer:
         if name in self.formats:
             return self.formats[name].frac == 0
         node = self.nodes.get(name)
-        return node is not None and node.target in _WHOLE
+        return node is not None and node.target in WHOLE
 
     def _in_z32(self, node: Node, arguments: list[str]) -> tuple[Format, dict[str, Format]] | None:
         """The call's format and its arguments' in Z32, or None where it has to stay in Z64."""
@@ -332,9 +332,6 @@ class _Quantizer:
                 continue
             rings = {self.formats[name].ring for name in node.refs() if name in self.formats}
             assert len(rings) <= 1, f"{node.name} would read values of {sorted(rings)}"
-
-
-_WHOLE = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
 
 
 def _reads(have: Format, want: Format) -> bool:

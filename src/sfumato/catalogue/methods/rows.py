@@ -29,22 +29,9 @@ V = TypeVar("V")
 Method = Callable[..., Coroutine[Any, Any, Any]]
 
 
-async def softmax_max(
-    m: Machine[V],
-    x: V,
-    *,
-    exp: Method,
-    reciprocal: Method,
-    exp_options: dict[str, Any],
-    reciprocal_options: dict[str, Any],
-    epsilon: float = 0.0,
-) -> V:
-    """exp(x - max) times the reciprocal of its row sum."""
-    moved = m.sub(x, m.spread(await m.row_max(x), x))
-    return await softmax_shifted(
-        m, moved, exp=exp, reciprocal=reciprocal, exp_options=exp_options,
-        reciprocal_options=reciprocal_options, epsilon=epsilon,
-    )  # fmt: skip
+async def softmax_max(m: Machine[V], x: V, **options: Any) -> V:
+    """exp(x - max) times the reciprocal of its row sum; with the options of :func:`softmax_shifted`."""
+    return await softmax_shifted(m, m.sub(x, m.spread(await m.row_max(x), x)), **options)
 
 
 async def softmax_shifted(
@@ -57,7 +44,7 @@ async def softmax_shifted(
     reciprocal_options: dict[str, Any],
     epsilon: float = 0.0,
 ) -> V:
-    """The same of rows whose maximum has been subtracted."""
+    """exp(x) times the reciprocal of its row sum, of rows whose maximum has been subtracted."""
     if epsilon:
         moved = m.plus(moved, -epsilon)
     e: V = await exp(m, moved, **exp_options)
