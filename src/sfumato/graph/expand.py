@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from sfumato.graph.handlers.nonlinear_ranges import argument
 from sfumato.graph.places import Place, Placed
-from sfumato.graph.program import Arg, Node, Ref
+from sfumato.graph.program import Arg, Node
+from sfumato.graph.rewrite import attention_calls
 
 __all__ = ["expand_attention"]
 
@@ -34,27 +33,14 @@ def expand_attention(placed: Placed) -> Placed:
 
 
 def _calls(placed: Placed, node: Node) -> list[Node]:
-    q, k, v = node.args[:3]
     mask = argument(node.args, node.kwargs, 3, "attn_mask")
     hidden = node.target == _HIDDEN
     causal = not hidden and bool(argument(node.args, node.kwargs, 5, "is_causal", False))
     scale = node.kwargs.get("scale") if hidden else argument(node.args, node.kwargs, 6, "scale")
-    shape_q, shape_k = placed.program.types[q.name][0], placed.program.types[k.name][0]
-    scores = (*node.shape[:-1], shape_k[-2])
-    factor = shape_q[-1] ** -0.5 if scale is None else float(scale)
-
-    def made(suffix: str, target: str, args: tuple[Arg, ...], shape: tuple[int, ...]) -> Node:
-        return Node(f"{node.name}_{suffix}", target, args, {}, node.module_path, shape, torch.float32)
-
-    calls = [
-        made("q", "aten.mul.Tensor", (q, factor), shape_q),
-        made("k", "aten.transpose.int", (k, -1, -2), (*shape_k[:-2], shape_k[-1], shape_k[-2])),
-    ]
-    calls.append(made("scores", "aten.matmul.default", (Ref(calls[0].name), Ref(calls[1].name)), scores))
+    masked: tuple[str, tuple[Arg, ...]] | None = None
     if hidden:
-        calls.append(made("masked", "sfumato.lowered_scores", (Ref(calls[-1].name), mask), scores))
+        masked = "sfumato.lowered_scores", (mask,)
     elif mask is not None or causal:
-        calls.append(made("masked", "sfumato.masked_scores", (Ref(calls[-1].name), mask, causal), scores))
-    weights = made("weights", "aten.softmax.int", (Ref(calls[-1].name), -1), scores)
-    product = replace(node, target="aten.matmul.default", args=(Ref(weights.name), v), kwargs={})
-    return [*calls, weights, product]
+        masked = "sfumato.masked_scores", (mask, causal)
+    types = placed.program.types
+    return attention_calls(node, lambda ref: types[ref.name][0], scale, masked)

@@ -17,7 +17,7 @@ import torch
 from sfumato.graph.look_up import LOOK_UP, numbers_are_lighter
 from sfumato.graph.program import Arg, Node, Program, Ref, refs_of
 
-__all__ = ["FORMS", "Rewriter"]
+__all__ = ["FORMS", "Rewriter", "attention_calls"]
 
 
 class Rewriter(ABC):
@@ -300,17 +300,33 @@ def _attention(r: Rewriter, node: Node) -> list[Node] | None:
         return None
     if node.kwargs.get("enable_gqa") or any(node.args[4:6]):
         return None
-    scale = node.kwargs.get("scale")
-    shape_q, shape_k = r.shape(q), r.shape(k)
-    scores_shape = (*node.shape[:-1], shape_k[-2])
+    return attention_calls(node, r.shape, node.kwargs.get("scale"), ("aten.add.Tensor", (mask,)))
+
+
+def attention_calls(
+    node: Node,
+    shape: Callable[[Ref], tuple[int, ...]],
+    scale: Any,
+    masked: tuple[str, tuple[Arg, ...]] | None,
+) -> list[Node]:
+    """Attention call by call: scale, product, ``masked`` (a target and its arguments after the scores), softmax,
+    product."""
+    q, k, v = node.args[:3]
+    shape_q, shape_k = shape(q), shape(k)
+    scores = (*node.shape[:-1], shape_k[-2])
     factor = shape_q[-1] ** -0.5 if scale is None else float(scale)
-    scaled = _made(node, "q", "aten.mul.Tensor", (q, factor), shape_q)
-    turned = _made(node, "k", "aten.transpose.int", (k, -1, -2), (*shape_k[:-2], shape_k[-1], shape_k[-2]))
-    scores = _made(node, "qk", "aten.matmul.default", (Ref(scaled.name), Ref(turned.name)), scores_shape)
-    biased = _made(node, "scores", "aten.add.Tensor", (Ref(scores.name), mask), scores_shape)
-    weights = _made(node, "weights", "aten.softmax.int", (Ref(biased.name), -1), scores_shape)
-    return [scaled, turned, scores, biased, weights,
-            _final(node, "aten.matmul.default", (Ref(weights.name), v))]  # fmt: skip
+    turned = (*shape_k[:-2], shape_k[-1], shape_k[-2])
+    calls = [
+        _made(node, "q", "aten.mul.Tensor", (q, factor), shape_q),
+        _made(node, "k", "aten.transpose.int", (k, -1, -2), turned),
+    ]
+    product = (Ref(calls[0].name), Ref(calls[1].name))
+    calls.append(_made(node, "scores", "aten.matmul.default", product, scores))
+    if masked is not None:
+        target, more = masked
+        calls.append(_made(node, "masked", target, (Ref(calls[-1].name), *more), scores))
+    weights = _made(node, "weights", "aten.softmax.int", (Ref(calls[-1].name), -1), scores)
+    return [*calls, weights, _final(node, "aten.matmul.default", (Ref(weights.name), v))]
 
 
 #: By target; a form returns None where the call can stay as it is.
