@@ -98,7 +98,8 @@ def run(
 ) -> Average:
     """Train ``module`` for ``minutes`` of work in all, going on from ``checkpoint`` if there is one.
 
-    The learning rate follows the share of the time used, so a run ends when it should on any machine.
+    The learning rate follows the share of the time used, so a run ends when it should on any machine. Time is that of
+    the calling thread's core: what else runs beside a training does not shorten it.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = Average(module, decay)
@@ -122,14 +123,14 @@ def run(
         os.replace(partial, checkpoint)
 
     module.train()
-    last, kept, total = time.monotonic(), used, 0.0
+    last, kept, total = time.thread_time(), used, 0.0
     while used < 60 * minutes:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(used / (60 * minutes), peak)
         optimizer.zero_grad(set_to_none=True)
         loss = step(number)
         loss.backward()
-        now = time.monotonic()
+        now = time.thread_time()
         used, last = _share(module, used + now - last), now
         norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         if not math.isfinite(float(norm)):
