@@ -62,7 +62,7 @@ def test_points_are_guided_but_at_low_noise(teacher: Teacher, points: Points) ->
 def ticks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A clock by which each step of training takes a second."""
     found = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(found))))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(thread_time=lambda: float(next(found))))
     return found
 
 

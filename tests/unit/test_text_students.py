@@ -195,7 +195,7 @@ def test_a_captured_student_runs_on_secrets(
 def ticks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A clock by which each step of training takes a second."""
     found = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(found))))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(thread_time=lambda: float(next(found))))
     return found
 
 

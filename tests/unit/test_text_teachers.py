@@ -225,7 +225,7 @@ def test_perplexity_of_no_idea_is_the_vocabulary() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Tiny models, and a clock by which each step of training takes a second."""
     found = count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(found))))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(thread_time=lambda: float(next(found))))
     monkeypatch.setattr(teacher, "WIDTH", 32)
     monkeypatch.setattr(teacher, "LAYERS", 2)
     monkeypatch.setattr(teacher, "FIRST", 0.1)
