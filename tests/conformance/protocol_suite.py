@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.link.base import Link
 from sfumato.protocol import cost, rep3_bits
-from sfumato.protocol.base import Exponential, Protocol, Series, Window
+from sfumato.protocol.base import Exponential, Protocol, Series, Unclosed, Window
 from sfumato.protocol.plain import Plain
 from sfumato.protocol.rep3 import Rep3
 from sfumato.ring import dpf, kernels
@@ -370,6 +370,55 @@ def _case_exponential(
     return Case(name, run, expect, "exponential", sizes, bits=(15,), rings=rings, protocols=("rep3", "plain"))
 
 
+#: Words of 26 bits with a line, for 18 known bits: a product in Z32 less 14 of its 28 fraction bits.
+FEW_KNOWN = Series(-1, 1, 0.0, 4, 3, 0.25, 0.5, 1, (0.5, -0.125), (-0.25, 0.0625), 11, 12, 26, 0.0)
+NOT_CLOSED = Exponential(-1.0, 1.5, FRAC, 3, 18, 2, 12, 30, 34, 2.0**-10)
+OFFSET = 0.375
+
+
+def _case_unclosed(
+    name: str, spec: Series | Exponential, *, drop: int = FRAC, product: bool = True, plus: bool = False,
+    rings: tuple[Ring, ...] = (Z64, Z32), to: Ring | None = None,
+) -> Case:  # fmt: skip
+    """A function of x y, or of 3 x, which has 14 fraction bits after ``drop`` are gone."""
+    exact = spec.error * math.e**2 if isinstance(spec, Exponential) else 7 * spec.noise
+    moved = 0.0 if plus else OFFSET
+
+    async def run(r: Run) -> Shared:
+        def f(a: Tensor, *b: Tensor) -> Tensor:
+            return a * b[0] if b else 3 * a
+
+        x = Unclosed(
+            f, r.x[0], r.x[1] if product else None, r.x[0].shape, drop, FRAC, r.x[-1] if plus else None, moved
+        )
+        if isinstance(spec, Exponential):
+            return await r.p.exponential(r.s, spec, x, frac=OUT, ring=to)
+        return await r.p.evaluate(r.s, spec, x, frac=OUT, ring=to)
+
+    def expect(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
+        made = words[0].double() * (words[1].double() if product else 3) + (words[-1].double() if plus else 0)
+        value = made / 2.0 ** (drop + FRAC) + moved
+        found = torch.exp(value) if isinstance(spec, Exponential) else spec(value)
+        # The argument's rounding, times the largest slope on the range.
+        slack = exact + 5.0 * 2.0**-FRAC * (drop > 0)
+        return (found * 2.0**30).round().to(torch.int64), 30 - OUT, math.ceil(slack * 2.0**30) + 2
+
+    def sizes(ring: Ring) -> Mapping[str, int]:
+        if isinstance(spec, Exponential):
+            own = {"opened": spec.opened, "blocks": spec.blocks, "scale": spec.frac_out}
+        else:
+            own = {"opened": spec.period_log2 + FRAC, "harmonics": len(spec.cos), "scale": spec.scale}
+        return own | {"word": spec.word, "out": OUT, "k": (to or ring).bits, "source": ring.bits * product}
+
+    move = "exponential, not closed" if isinstance(spec, Exponential) else "evaluate, not closed"
+    # Words of the product, or of x, below 2^(drop + 14).
+    bits = ((drop + FRAC) // 2, drop + FRAC - 1 - (drop + FRAC) // 2) if product else (drop + FRAC - 2,)
+    return Case(
+        name, run, expect, move, sizes, bits=(*bits, *([drop + FRAC - 2] if plus else [])), rings=rings,
+        protocols=("rep3", "plain"),
+    )  # fmt: skip
+
+
 def _from_planes(words: Words, ring: Ring) -> tuple[Tensor, int, int]:
     bits = np.unpackbits(words[0].numpy(), bitorder="little")
     return torch.from_numpy(bits).to(ring.dtype), 0, 0
@@ -541,6 +590,14 @@ CASES: tuple[Case, ...] = (
     _case_exponential("exponential, three block bits, two ways", EXPONENTIALS[2], two_way=True),
     _case_exponential("exponential, Z32 to Z64", EXPONENTIALS[2], rings=(Z32,), to=Z64),
     _case_exponential("exponential, Z64 to Z32", EXPONENTIALS[1], to=Z32),
+    _case_unclosed("evaluate, not closed", FEW_KNOWN),
+    _case_unclosed("evaluate, not closed, plus", FEW_KNOWN, plus=True),
+    _case_unclosed("evaluate, not closed, of a map", FEW_KNOWN, product=False, to=Z64),
+    _case_unclosed("evaluate, not closed, nothing dropped", FEW_KNOWN, drop=0, rings=(Z32,)),
+    _case_unclosed("exponential, not closed", NOT_CLOSED),
+    _case_unclosed("exponential, not closed, plus", NOT_CLOSED, plus=True, rings=(Z32,), to=Z64),
+    _case_unclosed("exponential, not closed, of a map", NOT_CLOSED, product=False, rings=(Z64,), to=Z32),
+    _case_unclosed("exponential, not closed, nothing dropped", NOT_CLOSED, drop=0, rings=(Z32,)),
 )  # fmt: skip
 
 

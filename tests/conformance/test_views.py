@@ -64,12 +64,16 @@ CAUGHT_ALONE = {
     ("sign_bits", "/case|c2"): "sign_bits, narrow",
     ("sign_bits", "/tree3|zero"): "and",
     ("select_negative", "/tree3|zero"): "and",
-    ("evaluate", "|ra"): "truncate",
-    ("evaluate", "|rb"): "truncate",
-    ("evaluate", "|c0"): "truncate by nothing",
-    ("evaluate", "|c2"): "truncate by nothing",
-    ("exponential", "|ra"): "truncate",
-    ("exponential", "|rb"): "truncate",
+    **{
+        (move, end): found
+        for move in ("evaluate", "exponential", "evaluate, not closed", "exponential, not closed")
+        for end, found in (
+            ("|ra", "truncate"),
+            ("|rb", "truncate"),
+            ("|c0", "truncate by nothing"),
+            ("|c2", "truncate by nothing"),
+        )
+    },
 }
 
 ROWS = tuple(

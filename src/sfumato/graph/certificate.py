@@ -23,6 +23,7 @@ from torch import Tensor
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node
 from sfumato.graph.watches import Watch
+from sfumato.ops.look import Sampler
 from sfumato.protocol.base import Protocol, Window
 from sfumato.ring.prg import stream_words
 from sfumato.session.session import Session
@@ -98,6 +99,9 @@ class Samples:
         self._path = path
         self._found: dict[str, Shared] = {}
         self._blocks: dict[str, int] = {}
+        self._pieces: dict[
+            str, dict[str, tuple[Tensor, Shared]]
+        ] = {}  # by part and path: priorities and samples
 
     def look(self, node: Node, value: Callable[[str], Any]) -> None:
         """Keep elements of a call's argument or result. Local; the positions are public and differ by call."""
@@ -128,27 +132,67 @@ class Samples:
             self._picked(key, value, watch.frac), self._found[key],
         )  # fmt: skip
 
+    def sampler(self, node: Node, part: str, path: str, count: int) -> Sampler | None:
+        """(pick, seen) for a piece of a value inside a call that is never at hand as shares; ``path`` tells pieces
+        apart. Of several pieces each sample is from any, by public priorities, in whatever order they come."""
+        key = f"{node.name}.{part}"
+        watch = self._plan.watches.get(key)
+        if watch is None:
+            return None
+        words = stream_words(_PUBLIC, f"{path}|{key}", Z64, (2, SAMPLES)) & _POSITIVE
+
+        def seen(picked: Shared) -> None:
+            self._pieces.setdefault(key, {})[path] = words[0], self._lifted(picked, watch.frac)
+
+        return _picking(None if key in self._every else words[1] % count), seen
+
     def _picked(self, key: str, shared: Shared, frac: int) -> Shared:
         flat = None if key in self._every else torch.from_numpy(self._random[key] % shared.type.numel)
+        return self._lifted(self._protocol.linear(_picking(flat), shared), frac)
 
-        def pick(part: Tensor) -> Tensor:
-            if flat is None:
-                return part.reshape(-1)
-            if part.device.type == "meta":
-                return part.new_empty((SAMPLES,))
-            # By position: a transposed or expanded component is not copied for eight of its elements.
-            return torch.take(part, flat if part.device.type == "cpu" else flat.to(part.device))
-
-        picked = self._protocol.linear(pick, shared)
+    def _lifted(self, picked: Shared, frac: int) -> Shared:
         return self._protocol.lift(picked, frac) if picked.frac < frac else picked
+
+    def _of_pieces(self, key: str) -> Shared:
+        """The samples of a value that came in pieces."""
+        pieces = [self._pieces[key][path] for path in sorted(self._pieces[key])]
+        values = [picked for _, picked in pieces]
+        if key in self._every:
+            return self._protocol.linear(lambda *parts: torch.cat(parts), *values)
+        first = torch.stack([priority for priority, _ in pieces]).argmax(0, keepdim=True)
+
+        def chosen(*parts: Tensor) -> Tensor:
+            stacked = torch.stack(parts)
+            return (
+                stacked[0]
+                if stacked.device.type == "meta"
+                else stacked.gather(0, first.to(stacked.device))[0]
+            )
+
+        return self._protocol.linear(chosen, *values)
 
     def taken(self) -> Taken:
         """All samples of the run, still secret."""
         frac, groups = self._plan.options.frac, ([], [])  # type: tuple[int, tuple[list[Shared], list[Shared]]]
+        self._found |= {key: self._of_pieces(key) for key in self._pieces}
         for name in watched(self._plan):
             groups[_is_narrow(self._plan, name)].append(self._found[name].viewed(frac))
         rows = (self._protocol.linear(lambda *parts: torch.cat(parts), *group) for group in groups if group)
         return Taken(tuple(rows), tuple(x.type.numel for group in groups for x in group))
+
+
+def _picking(flat: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Elements at these positions, or all of them, in a row."""
+
+    def pick(part: Tensor) -> Tensor:
+        if flat is None:
+            return part.reshape(-1)
+        if part.device.type == "meta":
+            return part.new_empty((SAMPLES,))
+        # By position: a transposed or expanded component is not copied for eight of its elements.
+        return torch.take(part, flat if part.device.type == "cpu" else flat.to(part.device))
+
+    return pick
 
 
 async def violations(p: Protocol, session: Session, runs: Sequence[tuple[Plan, Sequence[Taken]]]) -> Shared:

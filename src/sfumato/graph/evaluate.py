@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import CaptureError, JobError
 from sfumato.graph.program import Node, map_refs
+from sfumato.ops.activation import FUNCTIONS
 from sfumato.ops.masks import FORBIDDEN, score_masks
 
 __all__ = ["call", "evaluate", "resolve"]
@@ -187,8 +188,13 @@ def _getitem(values: Any, index: int) -> Tensor:
     return found
 
 
+def _activated_linear(x: Tensor, w: Tensor, bias: Tensor | None, *, function: str, turned: bool) -> Tensor:
+    return FUNCTIONS[function].f(F.linear(x, w if turned else w.T, bias))
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     "aten.getitem.int": _getitem,
+    "sfumato.activated_linear": _activated_linear,
     "sfumato.argmax_one_hot": _argmax_one_hot,
     "sfumato.masked_attention": _masked_attention,
     "sfumato.one_hot": _one_hot,

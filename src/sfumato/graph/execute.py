@@ -49,8 +49,7 @@ async def execute(
     def value(name: str) -> Any:
         return values[name] if name in values else weights[name]
 
-    look = None if samples is None else samples.look_inside
-    context = Context(protocol, plan.options, plan.choices, look)
+    context = Context(protocol, plan.options, plan.choices, samples)
     nodes, order = plan.secret_nodes, plan.order
     for g, group in enumerate(order.groups):
         branches = [partial(_run, context.at(plan.options_of(nodes[i].name)), nodes[i], order.turns[i], value)

@@ -12,8 +12,10 @@ from sfumato.types import Ring
 
 __all__ = ["WHOLE", "Format", "Formats", "formats_from_json", "formats_to_json", "options_at"]
 
-#: Client values that are 0/1 words by construction, without fraction bits.
-WHOLE = frozenset(("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float"))
+#: Values that are 0/1 words by construction, without fraction bits.
+WHOLE = frozenset(
+    ("sfumato.one_hot", "sfumato.positions_one_hot", "sfumato.to_float", "sfumato.argmax_one_hot")
+)
 
 
 class Format(NamedTuple):

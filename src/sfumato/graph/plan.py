@@ -27,7 +27,7 @@ from sfumato.types import Index, Ring, Secret
 
 __all__ = ["ClientValues", "LoadValues", "Plan", "client_side", "load_side"]
 
-FORMAT = 4
+FORMAT = 5
 
 
 #: What stays with whoever made a plan.

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import CaptureError, JobError
+from sfumato.graph.activated import join_activations
 from sfumato.graph.calibrate import Calibration, calibrate
+from sfumato.graph.edges import NO_EDGES, Edges
 from sfumato.graph.expand import expand_attention
 from sfumato.graph.formats import Format, Formats, options_at
 from sfumato.graph.fuse import fuse
@@ -53,6 +55,8 @@ def make_plan(
     relocate: bool = True,
     methods: Mapping[str, str] | None = None,
     public_weights: Iterable[str] = (),
+    scheme: Scheme | None = None,
+    edges: Edges = NO_EDGES,
 ) -> Plan:
     """Decide what is secret, what runs where, and how.
 
@@ -68,10 +72,12 @@ def make_plan(
     prefix (``"bert.embeddings.*"``): what they make of the client's own values runs at the client, the rest as with
     public weights ([Marill] 4.2).
     ``ring``: ``"Z64"``, ``"Z32"``, or ``"mixed"``, where each call works in the smaller ring that its range and the
-    profile allow; ``ditto`` mixes by its paper's map, and always.
+    profile allow; ``ditto`` mixes by its paper's map, and always. ``scheme``: how, instead of the profile's own, as in
+    ``replace(SCHEMES["fast"], wide=frozenset({"classifier"}))``, which keeps that module in Z64. ``edges``: formats
+    that a mixed plan has to take and to give, of values and weights that it has in common with others.
 
     Raises:
-        JobError: an unknown option or argument name.
+        JobError: an unknown option or argument name, or edges that cannot be had.
         CaptureError: every call that cannot run on secrets, each with its module path; or a program without a
         secret.
     """
@@ -79,7 +85,7 @@ def make_plan(
         raise JobError(f"there is no profile {profile!r}; use one of {', '.join(PROFILES)}")
     published = methods_of(profile, methods or {})
     options = _options(secret, profile, frac, ring, calibration is None)
-    scheme = _scheme(profile, ring)
+    scheme = _scheme(profile, ring, scheme)
     options = replace(options, mixed=scheme is not None)
     fused = (
         as_quad(fuse(program)) if published.get("gelu") == QUAD and profile not in PAPERS else fuse(program)
@@ -97,9 +103,11 @@ def make_plan(
     formats: Formats = {}
     choices, problems = dict[str, Mapping[str, Any]](), []
     if scheme is not None:
-        mixed = quantize(placed, measured, options, scheme)
+        mixed = quantize(placed, measured, options, scheme, edges)
         placed, formats, choices = mixed.placed, mixed.formats, dict(mixed.choices)
         notes.append(_mixture(placed, formats))
+    elif edges != NO_EDGES:
+        raise JobError("edges are formats of a plan of mixed rings; give ring='mixed' with them")
     common = Format(options.ring, options.frac)
     for node in placed.program.nodes:
         choose = HANDLERS[node.target].choose if placed.places[node.name] is Place.SECRET else None
@@ -113,6 +121,8 @@ def make_plan(
             except CaptureError as error:
                 problems.append(f"{node.target} at {node.module_path or 'the root'}: {error}")
     refuse(program.title, problems)
+    if options.profile not in PAPERS:
+        placed = join_activations(placed, measured, options, formats, choices)
     notes += note_of(profile, published)
     notes += _headroom(placed, measured, options, formats)
     if not any(w is Place.SECRET for w in placed.places.values()):
@@ -132,9 +142,11 @@ def make_plan(
     )
 
 
-def _scheme(profile: str, ring: str) -> Scheme | None:
+def _scheme(profile: str, ring: str, given: Scheme | None) -> Scheme | None:
     """How a plan mixes rings, if it does."""
-    found = SCHEMES.get(profile)
+    if given is not None and ring != "mixed":
+        raise JobError(f"scheme= says how rings mix; give ring='mixed' with it, not {ring!r}")
+    found = SCHEMES.get(profile) if given is None else given
     if ring == "mixed" and found is None:
         raise JobError(f"the profile {profile} has no mixture of rings; use {', '.join(sorted(SCHEMES))}")
     return found if ring == "mixed" or (found is not None and found.fixed) else None

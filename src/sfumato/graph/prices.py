@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sfumato.graph.handlers.smooth import ACTIVATED
 from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, Ref
@@ -97,16 +98,14 @@ def _work(plan: Plan, node: Node) -> list[tuple[str, int]]:
     operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Ref)]
     shapes = [plan.program.types[a.name][0] for a in operands]
     first = math.prod(shapes[0]) if shapes else out
-    if target in _LINEAR:
+    if target in _LINEAR or target == ACTIVATED:
         secret = all(plan.places[a.name] is not Place.PUBLIC for a in operands[:2]) and len(operands) > 1
-        return [
-            (
-                "product"
-                if secret or target.endswith(("square.default", "pow.Tensor_Scalar"))
-                else "public product",
-                out,
-            )
-        ]
+        whole = secret or target.endswith(("square.default", "pow.Tensor_Scalar"))
+        found = [("product" if whole else "public product", out)]
+        if target == ACTIVATED:
+            name = str(node.kwargs["function"])
+            found.append((name if name in PRICES else "smooth", out))
+        return found
     if target == "aten.gelu.default":
         tanh = "tanh" in (*node.args[1:2], node.kwargs.get("approximate"))
         return [("gelu_tanh" if tanh else "gelu", out)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from sfumato.errors import JobError
 from sfumato.graph.calibrate import Calibration
+from sfumato.graph.edges import NO_EDGES, Edges, stricter
 from sfumato.graph.formats import WHOLE, Format
 from sfumato.graph.handlers import HANDLERS, Options
 from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
@@ -36,7 +37,8 @@ class Scheme:
     ``frac``: fraction bits of activations in Z32, and ``least`` if the squares of a norm ask for fewer; ``weights``:
     the most that weights get there. Rounding of operands may cost a product what the profile's budget says.
     ``fixed``: a paper's map; a range without room is refused then instead of left in Z64. ``expand``: attention call by
-    call. ``short``: targets that go into Z32.
+    call. ``short``: targets that go into Z32; ``wide``: calls, by name or module path, that stay in Z64 all the same.
+    ``loss``: relative L2 error that Z32 may cost a call, instead of the profile's budget.
     """
 
     frac: int
@@ -45,6 +47,8 @@ class Scheme:
     short: frozenset[str]
     fixed: bool = False
     expand: bool = False
+    wide: frozenset[str] = frozenset()
+    loss: float | None = None
 
 
 _PRODUCTS = {
@@ -65,6 +69,8 @@ _CURVES = frozenset(
 )  # fmt: skip
 _NORMS = {"aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,)}
 _ATTENTION = frozenset(("aten.scaled_dot_product_attention.default", "sfumato.masked_attention"))
+#: Local where what it picks by is public.
+_PICK = "aten.where.self"
 _LINEAR = (
     frozenset(_PRODUCTS) | _FACTORS | _SUMS | {LOOK_UP, "sfumato.lowered_scores", "sfumato.masked_scores"}
 )
@@ -96,29 +102,40 @@ class Quantized:
     choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def quantize(placed: Placed, measured: Calibration, options: Options, scheme: Scheme) -> Quantized:
-    """Formats by ``scheme`` from calibrated ranges, and casts where calls of different rings meet.
+def quantize(
+    placed: Placed, measured: Calibration, options: Options, scheme: Scheme, edges: Edges = NO_EDGES
+) -> Quantized:
+    """Formats by ``scheme`` from calibrated ranges, and casts where calls of different rings meet, or a call and what
+    is asked of the plan's edges.
 
     Raises:
-        JobError: a range without room in Z32 under a fixed scheme; names every such call.
+        JobError: a range without room in Z32 under a fixed scheme (names every such call) or at an edge; or an edge
+            that no cast leads to.
     """
-    return _Quantizer(placed, measured, options, scheme).run()
+    return _Quantizer(placed, measured, options, scheme, edges).run()
 
 
 class _Quantizer:
     """One walk to decide, one to write the casts."""
 
-    def __init__(self, placed: Placed, measured: Calibration, options: Options, scheme: Scheme) -> None:
+    def __init__(
+        self, placed: Placed, measured: Calibration, options: Options, scheme: Scheme, edges: Edges
+    ) -> None:
         self.placed, self.measured, self.options, self.scheme = placed, measured, options, scheme
+        self.edges, self.outputs = edges, edges.outputs(placed)
         self.long = Format("Z64", options.frac)
         self.nodes = {n.name: n for n in placed.program.nodes}
+        self.activated = {  # products that a function of one opening reads
+            name for n in placed.program.nodes if n.target in _CURVES - {"sfumato.quad"} for name in n.refs()
+        }
         self.secret = {n.name for n in placed.program.nodes if placed.places[n.name] is Place.SECRET}
-        self.formats: dict[str, Format] = {}
+        self.formats: dict[str, Format] = edges.inputs(placed)
         self.choices: dict[str, dict[str, Any]] = {}
         self.wants: dict[str, dict[str, Format]] = {}  # by call: the format of each argument
         self.refused: list[str] = []
-        self.frac = scheme.frac if scheme.fixed else self._common_frac()
+        self.frac = min([scheme.frac if scheme.fixed else self._common_frac(), *edges.short_fracs()])
         self.short = Format("Z32", self.frac)
+        self.loss = budget(options).words if scheme.loss is None else scheme.loss
 
     def _common_frac(self) -> int:
         """Fraction bits of activations with which a square of each norm's deviations fits, of those that so many are
@@ -143,36 +160,48 @@ class _Quantizer:
             for name, format in self.wants[node.name].items():
                 asked.setdefault(name, set()).add(format)
         for name, formats in asked.items():
-            if name not in self.formats:  # from outside: shared as it is used
-                wide = [format for format in formats if format.ring == "Z64"]
-                self.formats[name] = max(wide) if wide else min(formats)
+            if name not in self.formats:  # from outside: shared as it is used, here and in other plans
+                self.formats[name] = stricter(*formats, self.edges.weights.get(name, min(formats)))
         return self._written()
 
     # ---- decisions -----------------------------------------------------------------------------------------
 
     def _decide(self, node: Node) -> None:
         arguments = [name for name in node.refs() if self._is_secret(name)]
-        if HANDLERS[node.target].local and node.target not in self.scheme.short:
-            format = next((self.formats[n] for n in arguments if n in self.formats), self.long)
+        picks = node.target == _PICK and self.placed.places[node.args[0].name] is Place.PUBLIC
+        if (HANDLERS[node.target].local or picks) and node.target not in self.scheme.short:
+            known = [self.formats[n] for n in arguments if n in self.formats]
+            format = known[0] if known else self.long
+            if len({f.ring for f in known}) > 1 or picks:  # what comes from elsewhere may have no room in Z32
+                format = self.short if self.short in known and self._has_room(node) else self.long
             if all(self._is_whole(n) for n in arguments):
                 format = format._replace(frac=0)
             wants = dict.fromkeys(arguments, format)
-        elif node.target in self.scheme.short and (found := self._in_z32(node, arguments)) is not None:
+        elif self._may_shorten(node) and (found := self._in_z32(node, arguments)) is not None:
             format, wants = found
         else:
             format = self.long
             wants = {n: self.long._replace(frac=0) if self._is_whole(n) else self.long for n in arguments}
         self.formats[node.name], self.wants[node.name] = format, wants
 
+    def _may_shorten(self, node: Node) -> bool:
+        scheme = self.scheme
+        return node.target in scheme.short and not {node.name, node.module_path} & scheme.wide
+
     def _is_secret(self, name: str) -> bool:
         return self.placed.places[name] is not Place.PUBLIC and not is_index(self.nodes.get(name))
 
     def _is_whole(self, name: str) -> bool:
-        """A 0/1 value of the client: words without fraction bits."""
-        if name in self.formats:
-            return self.formats[name].frac == 0
+        """A 0/1 value: words without fraction bits."""
         node = self.nodes.get(name)
-        return node is not None and node.target in WHOLE
+        if node is not None and node.target in WHOLE:
+            return True
+        return name in self.formats and self.formats[name].frac == 0
+
+    def _has_room(self, node: Node | None) -> bool:
+        """Whether a value that calibration saw fits Z32 at the common scale."""
+        highest = math.inf if node is None else self.measured.of(node).get("hi_out", math.inf)
+        return _bits(highest * _VALUE_SLACK) + self.frac <= 30
 
     def _in_z32(self, node: Node, arguments: list[str]) -> tuple[Format, dict[str, Format]] | None:
         """The call's format and its arguments' in Z32, or None where it has to stay in Z64."""
@@ -189,11 +218,11 @@ class _Quantizer:
             problem = self._norm(node, wants)
         elif node.target in _ATTENTION:
             problem = self._attention(node, wants)
-        if problem is None and _bits(highest * _VALUE_SLACK) + self.frac > 30:
+        if problem is None and not self._has_room(node):
             problem = f"reaches {highest:.3g}"
         if problem is None and not self.scheme.fixed:
             scale = self.measured.of(node).get("lo_scale", 0.0)
-            if _TRUNCATED * 2.0**-self.frac > budget(self.options).words * scale:
+            if _TRUNCATED * 2.0**-self.frac > self.loss * scale:
                 problem = f"has results of {scale:.1g}, too small for {self.frac} fraction bits"
         if problem is None:
             return self.short, wants
@@ -219,19 +248,24 @@ class _Quantizer:
         fixed = {ref.name: self.placed.places[ref.name] not in (Place.OWNER, Place.PUBLIC) for ref in (x, w)}
         fracs = []
         for ref, side in ((x, "left"), (w, "right")):
-            own = 31 - _bits(stats[f"hi_{side}"] * _SUM_SLACK)
-            fracs.append(self.frac if fixed[ref.name] or scheme.fixed else min(scheme.weights, own))
-        spare = room - sum(fracs)
-        if spare < 0:
-            free = [i for i, ref in enumerate((x, w)) if not fixed[ref.name] and not scheme.fixed]
-            if not free or fracs[free[-1]] + spare < 1:
-                return f"sums to {highest:.3g}, beyond {2.0 ** (30 - sum(fracs)) / _SUM_SLACK:.3g}"
-            fracs[free[-1]] += spare
-        noise = _ROUNDED * math.hypot(*(
-            2.0**-frac / max(stats.get(f"hi_{side}_scale", 0.0), 2.0**-40)
-            for frac, side in zip(fracs, ("left", "right"), strict=True)
-        ))  # fmt: skip
-        if (noise > budget(self.options).words and not scheme.fixed) or sum(fracs) < self.frac:
+            own = self.edges.most(ref.name, min(scheme.weights, 31 - _bits(stats[f"hi_{side}"] * _SUM_SLACK)))
+            fracs.append(self.frac if fixed[ref.name] or scheme.fixed else own)
+        free = [i for i, ref in enumerate((x, w)) if not fixed[ref.name] and not scheme.fixed]
+        sizes = [max(stats.get(f"hi_{side}_scale", 0.0), 2.0**-40) for side in ("left", "right")]
+        most, noise = list(fracs), math.inf
+        # Under an activation a bit above the sums leaves room for the line of its series: see graph/activated.py.
+        for kept in (1, 0) if node.name in self.activated else (0,):
+            spare, fracs = room - kept - sum(most), list(most)
+            if spare < 0:
+                if not free or fracs[free[-1]] + spare < 1:
+                    continue
+                fracs[free[-1]] += spare
+            noise = _ROUNDED * math.hypot(*(2.0**-f / size for f, size in zip(fracs, sizes, strict=True)))
+            if noise <= self.loss or scheme.fixed:
+                break
+        if noise == math.inf:
+            return f"sums to {highest:.3g}, beyond {2.0 ** (30 - sum(most)) / _SUM_SLACK:.3g}"
+        if (noise > self.loss and not scheme.fixed) or sum(fracs) < self.frac:
             return f"would lose {noise:.1%} to rounding"
         for ref, frac in zip((x, w), fracs, strict=True):
             if ref.name in wants:
@@ -272,14 +306,14 @@ class _Quantizer:
         if not math.isfinite(deviation) or self.frac > _fits_square(deviation):
             return f"normalises deviations of {deviation:.3g}"
         least = 2.0 ** (stats.get("lo_log_square", math.inf) / 2)
-        if _ROUNDED * 2.0**-self.frac > budget(self.options).words * least:
+        if _ROUNDED * 2.0**-self.frac > self.loss * least:
             return f"normalises deviations of {least:.1g}, too small for {self.frac} fraction bits"
         spare = 30 - self.frac - _bits(deviation * max(stats.get("hi_gain", 1.0), 1.0))
         gamma, *_ = (node.args[i] if i < len(node.args) else None for i in _NORMS[node.target])
         if isinstance(gamma, Ref) and gamma.name in wants:
             if spare < 6:
                 return f"scales deviations of {deviation:.3g}"
-            wants[gamma.name] = Format("Z32", min(14, spare))
+            wants[gamma.name] = Format("Z32", self.edges.most(gamma.name, min(14, spare)))
         return None
 
     def _attention(self, node: Node, wants: dict[str, Format]) -> str | None:
@@ -303,24 +337,39 @@ class _Quantizer:
         program, nodes, made = self.placed.program, list[Node](), dict[tuple[str, Format], str]()
         places = dict(self.placed.places)
         types = program.types
+
+        def cast(name: str, format: Format, path: str) -> str:
+            """The value in another format, once."""
+            if (name, format) not in made:
+                have, made[name, format] = self.formats[name], f"{name}_{format.ring.lower()}f{format.frac}"
+                if have.ring == format.ring:
+                    raise JobError(
+                        f"{name} is {have} and read in {format}, and no cast keeps the ring; ask for {have}"
+                    )
+                node = Node(
+                    made[name, format], "sfumato.shorten" if format.ring == "Z32" else "sfumato.widen",
+                    (Ref(name), format.ring, format.frac), {}, path, *types[name],
+                )  # fmt: skip
+                nodes.append(node)
+                places[node.name], self.formats[node.name] = Place.SECRET, format
+            return made[name, format]
+
         for node in program.nodes:
             wants = self.wants.get(node.name, {})
-            renamed: dict[str, str] = {}
-            for name, format in wants.items():
-                have = self.formats[name]
-                if have == format or _reads(have, format):
-                    continue
-                key = (name, format)
-                if key not in made:
-                    cast = _cast(name, have, format, node.module_path, types[name])
-                    made[key] = cast.name
-                    nodes.append(cast)
-                    places[cast.name], self.formats[cast.name] = Place.SECRET, format
-                renamed[name] = made[key]
+            renamed = {
+                name: cast(name, format, node.module_path)
+                for name, format in wants.items()
+                if not _reads(self.formats[name], format)
+            }
             nodes.append(_with_refs(node, renamed) if renamed else node)
+        for name, format in self.outputs.items():
+            if self.formats[name].ring != format.ring == "Z32" and not self._has_room(self.nodes.get(name)):
+                raise JobError(f"{name} has no room in {format}; ask for {self.long} at the plan's edge")
+        renamed = {n: cast(n, f, "") for n, f in self.outputs.items() if self.formats[n] != f}
+        outputs = tuple(map_refs(out, lambda n: Ref(renamed.get(n, n))) for out in program.outputs)
         placed = replace(
-            self.placed, program=replace(program, nodes=tuple(nodes)), places=places,
-            per_call=self.placed.per_call | {made[key] for key in made},
+            self.placed, program=replace(program, nodes=tuple(nodes), outputs=outputs), places=places,
+            per_call=self.placed.per_call | set(made.values()),
         )  # fmt: skip
         self._check(placed.program)
         return Quantized(placed, self.formats, self.choices)
@@ -337,15 +386,6 @@ class _Quantizer:
 def _reads(have: Format, want: Format) -> bool:
     """Whether a value serves as it is: same ring, and its scale is lifted where it is used."""
     return have.ring == want.ring and (have.ring == "Z64" or have.frac <= want.frac)
-
-
-def _cast(name: str, have: Format, want: Format, path: str, type: tuple[Any, Any]) -> Node:
-    target = "sfumato.shorten" if want.ring == "Z32" else "sfumato.widen"
-    if have.ring == want.ring:
-        raise AssertionError(f"{name} has {have} where {want} is read, and no cast keeps the ring")
-    return Node(
-        f"{name}_{want.ring.lower()}f{want.frac}", target, (Ref(name), want.ring, want.frac), {}, path, *type
-    )
 
 
 def _with_refs(node: Node, renamed: Mapping[str, str]) -> Node:

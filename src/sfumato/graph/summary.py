@@ -11,6 +11,7 @@ from typing import Any
 
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.handlers.smooth import ACTIVATED
 from sfumato.graph.program import Node
 from sfumato.types import Ring
 
@@ -51,7 +52,9 @@ def grouped(
         if HANDLERS[node.target].local:
             continue
         choice = choices.get(node.name) or _linear(node, measured, options)
-        key = node.target.split(".")[1].rstrip("_"), str(choice.get("method", ""))
+        called = str(node.kwargs.get("function", "")) if node.target == ACTIVATED else ""
+        name = f"linear, {called}" if called else node.target.split(".")[1].rstrip("_")
+        key = name, str(choice.get("method", ""))
         found.setdefault(key, []).append(choice)
     groups = [_group(target, method, rows) for (target, method), rows in found.items()]
     return sorted(groups, key=lambda g: (-g.count, g.target, g.method))

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.ops.basic import Scales, Value, factor_words, matmul, scale
-from sfumato.ops.elementary import HEADROOM_BITS, Look, with_frac
-from sfumato.ops.masks import lowered, score_masks
-from sfumato.ops.softmax import WEIGHT_FRAC, SoftmaxPlan, row_product, row_weights
+from sfumato.ops.elementary import HEADROOM_BITS, with_frac
+from sfumato.ops.look import Look
+from sfumato.ops.masks import lowered, raised, score_masks
+from sfumato.ops.opened import bounds_of_tiles, exp_of, in_turns, known_bits
+from sfumato.ops.softmax import WEIGHT_FRAC, SoftmaxPlan, kept, row_product, row_weights, weighed
 from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, pieces
-from sfumato.protocol.base import Protocol
+from sfumato.protocol.base import Protocol, Unclosed
 from sfumato.ring import kernels
-from sfumato.session.session import Session
-from sfumato.types import Z32, Shared
+from sfumato.session.session import Branch, Session
+from sfumato.types import Z32, Z64, Shared
 
-__all__ = ["attention", "turned"]
+__all__ = ["attention", "known_scores", "turned"]
 
 #: Fraction bits of queries and keys at most, so that scores keep their headroom.
 _SCORE_FRAC = 18
@@ -115,14 +117,17 @@ async def _attend(
     look: Look | None,
 ) -> Shared:
     """A block of rows: q (..., l, E), k turned (..., E, S), masks of the scores' shape."""
-    scores = await matmul(p, s.fork("scores"), q, k, factor=factor)
-    if less is not None:
-        scores = lowered(p, s, scores, *less)
-    if bias is not None:
-        scores = p.add_public(s, scores, p.encode(scores, bias))
     room = HEADROOM_BITS - plan.exp.frac - ceil_log2(plan.reach) - 1
-    kept = min(plan.inverse.frac, room)
-    e, inv = await row_weights(p, s.fork("weights"), scores, plan, allowed, kept, look)
+    left = min(plan.inverse.frac, room)
+    if plan.known and isinstance(q, Shared) and isinstance(k, Shared):
+        e, inv = await _opened(p, s, q, k, plan, factor, q.frac, bias, allowed, less, left, look)
+    else:
+        scores = await matmul(p, s.fork("scores"), q, k, factor=factor)
+        if less is not None:
+            scores = lowered(p, s, scores, *less)
+        if bias is not None:
+            scores = p.add_public(s, scores, p.encode(scores, bias))
+        e, inv = await row_weights(p, s.fork("weights"), scores, plan, allowed, left, look)
     y = await matmul(p, s.fork("values"), e, v)
     return await row_product(p, s.fork("scale"), y, inv, y.frac + inv.frac - frac)
 
@@ -145,26 +150,106 @@ async def _attend_short(
     them from Z64 to Z32, where no wrap can reach them. ``factor`` is a power of two."""
     if not (isinstance(q, Shared) and isinstance(k, Shared) and isinstance(v, Shared)):
         raise TypeMismatch("attention in Z32 needs secret queries, keys and values")
-    bits = q.frac + k.frac - (math.frexp(factor)[1] - 1) - frac
-    scores = (await p.bilinear_truncate(s.fork("scores"), kernels.matmul, q, k, bits)).viewed(frac)
-    if less is not None:
-        scores = lowered(p, s, scores, *less)
-    if bias is not None:
-        scores = p.add_public(s, scores, p.encode(scores, bias))
     # From Z64 no more than 32 bits are dropped; in Z32 two are left above the weights.
-    kept = (29 if plan.narrow else 32 + WEIGHT_FRAC) - plan.exp.frac
-    e, inv = await row_weights(p, s.fork("weights"), scores, plan, allowed, kept, look)
-    inv = p.shorten(s, inv, kept) if plan.narrow else inv
+    left = (29 if plan.narrow else 32 + WEIGHT_FRAC) - plan.exp.frac
+    if plan.known:
+        e, inv = await _opened(p, s, q, k, plan, factor, frac, bias, allowed, less, left, look)
+    else:
+        bits = q.frac + k.frac - (math.frexp(factor)[1] - 1) - frac
+        scores = (await p.bilinear_truncate(s.fork("scores"), kernels.matmul, q, k, bits)).viewed(frac)
+        if less is not None:
+            scores = lowered(p, s, scores, *less)
+        if bias is not None:
+            scores = p.add_public(s, scores, p.encode(scores, bias))
+        e, inv = await row_weights(p, s.fork("weights"), scores, plan, allowed, left, look)
+    inv = p.shorten(s, inv, left) if plan.narrow else inv
     weights = await row_product(p, s.fork("scale"), e, inv, e.frac + inv.frac - WEIGHT_FRAC, Z32)
     return await matmul(p, s.fork("values"), weights, v, scales=Scales(frac))
 
 
+async def _opened(
+    p: Protocol,
+    s: Session,
+    q: Shared,
+    k: Shared,
+    plan: SoftmaxPlan,
+    factor: float,
+    frac: int,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    less: tuple[Shared, float] | None,
+    left: int,
+    look: Look | None,
+) -> tuple[Shared, Shared]:
+    """What :func:`row_weights` gives, of scores with ``frac`` fraction bits that are opened without being closed."""
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    shape = (*lead, q.shape[-2], k.shape[-1])
+    keep = None if allowed is None else kept(allowed, shape)
+    multiplier, gain = factor_words(factor)
+    bits = q.frac + k.frac + gain - frac
+    # Masked scores become the smallest planned one, so that no range is left.
+    move = torch.tensor(-plan.offset - (0.0 if less is None else less[1]), dtype=torch.float64)
+    move = move if bias is None else move + bias
+    move = move if allowed is None else torch.where(allowed, move, plan.lo - plan.offset)
+
+    def piece(low: int, high: int) -> Branch:
+        def cut(t: Tensor) -> Tensor:
+            return t.broadcast_to(shape)[..., low:high, :]
+
+        mine = None if keep is None else cut(keep)
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            z = kernels.matmul(a, b)
+            z = z if multiplier == 1 else z * multiplier
+            return z if mine is None or z.device.type == "meta" else z * mine.to(z.device)
+
+        a, plus = narrow(p, q, len(q.shape) - 2, low, high), None
+        if less is not None:
+            plus = raised(p, _rows(p, less[0], low, high), less[1], frac + bits, mine)
+        x = Unclosed(
+            product,
+            a,
+            k,
+            (*lead, high - low, shape[-1]),
+            bits,
+            frac,
+            plus,
+            cut(move) if move.dim() else float(move),
+        )
+
+        async def run(child: Session) -> Shared:
+            return await exp_of(p, child, x, plan.exp, Z32 if plan.direct else Z64, look)
+
+        return run
+
+    child = s.fork("scores")
+    bounds = bounds_of_tiles(shape[-2], math.prod(shape))
+    if p.parties == 1 or len(bounds) == 1:
+        e = await piece(0, shape[-2])(child)
+    else:
+        e = concatenate(p, await in_turns(child, [piece(*ends) for ends in bounds]), len(shape) - 2)
+    return await weighed(p, s.fork("weights"), e, plan, keep, left, look)
+
+
+def known_scores(factor: float, frac: int, *, short: bool) -> int:
+    """Bits that the product of queries and keys of ``frac`` fraction bits tells of a score, times ``factor``, before it
+    is closed; ``short``: in Z32."""
+    if short:
+        return known_bits(32, frac, frac + factor_words(_power(factor))[1], frac)
+    own = min(frac, _SCORE_FRAC)
+    return known_bits(64, own, own + factor_words(factor)[1], own)
+
+
+def _power(factor: float) -> float:
+    """The power of two that is left of a factor when queries take the rest, or the factor if it is one."""
+    mantissa, exponent = math.frexp(factor)
+    return factor if mantissa == 0.5 else math.ldexp(1.0, exponent)
+
+
 async def _rescaled(p: Protocol, s: Session, q: Shared, factor: float) -> tuple[Shared, float]:
     """q and factor such that the latter is a power of two."""
-    mantissa, exponent = math.frexp(factor)
-    if mantissa == 0.5:
-        return q, factor
-    return await scale(p, s, q, mantissa), math.ldexp(1.0, exponent)
+    power = _power(factor)
+    return (q, power) if power == factor else (await scale(p, s, q, factor / power), power)
 
 
 async def _narrowed(p: Protocol, s: Session, x: Shared | Tensor) -> Shared | Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "Scales",
     "Short",
     "add",
+    "at_scale",
     "conv",
     "factor_words",
     "gain_frac",
@@ -258,7 +259,7 @@ async def _tiled_product(
         return z if multiplier == 1 else z * multiplier
 
     async def step(child: Session, a: Shared, b: Shared, c: Shared | None = None) -> Shared:
-        typed = None if c is None else _at_scale(p, c, out + bits, a.ring).viewed(a.frac + b.frac)
+        typed = None if c is None else at_scale(p, c, out + bits, a.ring).viewed(a.frac + b.frac)
         z = await p.bilinear_truncate(child, product, a, b, bits, plus=typed, ring=ring)
         return z.viewed(out)
 
@@ -274,7 +275,7 @@ async def _tiled_product(
     return z if extra[1] is None else p.add_public(s, z, p.encode(z, extra[1]))
 
 
-def _at_scale(p: Protocol, x: Shared, frac: int, ring: Ring) -> Shared:
+def at_scale(p: Protocol, x: Shared, frac: int, ring: Ring) -> Shared:
     """A summand of a product at its scale; in Z32 its words mod 2^32, right wherever the sum fits."""
     lifted = p.lift(x, frac)
     return lifted if lifted.ring == ring else p.linear(lambda part: part.to(ring.dtype), lifted, ring=ring)
@@ -467,7 +468,7 @@ async def conv(
     async def step(child: Session, a: Shared, kernel: Shared | Tensor, c: Shared | None) -> Shared:
         out = geometry.out_shape(a.shape, kernel.shape)
         if isinstance(kernel, Shared):
-            lifted = None if c is None else _at_scale(p, c, a.frac + kernel.frac, a.ring)
+            lifted = None if c is None else at_scale(p, c, a.frac + kernel.frac, a.ring)
             bits = a.frac + kernel.frac - frac
             return await p.bilinear_truncate(child, geometry, a, kernel, bits, plus=lifted, ring=ring)
         gain = scales.gain_of(a)

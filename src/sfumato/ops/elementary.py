@@ -7,7 +7,7 @@ it as JSON, so that all parties compute with the same words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from sfumato.errors import RangeError
 from sfumato.ops.compare import overshoots
 from sfumato.ops.fit import fit_series, series_bits, series_from_dict, series_noise, series_to_dict
 from sfumato.ops.tiles import elementwise
-from sfumato.protocol.base import Exponential, Protocol, Series, Window
+from sfumato.protocol.base import Exponential, Protocol, Series, Unclosed, Window
 from sfumato.session.session import Session
 from sfumato.types import Z64, Ring, Shared
 
@@ -27,7 +27,7 @@ __all__ = [
     "HEADROOM_BITS",
     "ExpPlan",
     "InversePlan",
-    "Look",
+    "core_and_squarings",
     "exp",
     "inverse",
     "plan_exp",
@@ -37,9 +37,6 @@ __all__ = [
     "sqrt",
     "with_frac",
 ]
-
-#: Gets values inside an operation by name, for those who sample them.
-Look = Callable[[str, Shared], None]
 
 #: Words before a truncation stay below 2^62; one bit is kept for rounding and margins.
 HEADROOM_BITS = 61
@@ -96,6 +93,11 @@ class ExpPlan:
         return torch.exp(x.to(torch.float64).clamp_min(self.floor) if self.clip else x.to(torch.float64))
 
     @property
+    def fine(self) -> int:
+        """Fraction bits of the argument."""
+        return self.core.frac - self.squarings
+
+    @property
     def bits(self) -> float:
         """Bits per element in all."""
         return self.weight(short=False)
@@ -129,12 +131,13 @@ def plan_exp(
     carried: int = _CARRIED,
     floor: float | None = None,
     short: bool = False,
+    known: int = 64,
 ) -> ExpPlan:
     """Choose squarings, block bits and words for the relative ``tolerance`` on [lo, hi]; ``frac`` is the input's.
 
     Below ``cut`` the error is absolute, tolerance times exp(cut). ``carried``: the result's fraction bits at most.
     ``floor``: what lies below may be clipped to it (default: ``cut``, or hi - 20 without one). ``short``: the argument
-    is in Z32.
+    is in Z32. ``known``: bits that are known of its words, fewer than the ring's for a product that is not closed.
     Where the range is too wide for the ring, or it is cheaper, x is first clipped.
 
     Raises:
@@ -144,13 +147,13 @@ def plan_exp(
         raise RangeError(f"exp needs a range, not [{lo}, {hi}]; calibrate on inputs that vary")
     frac = min(frac, _FINEST)
     carried = min(carried, math.floor(HEADROOM_BITS - 1 - max(hi, 0.0) * _LOG2E))
-    whole = _cheapest_exp(lo, hi, tolerance, frac, carried, max(cut, lo))
+    whole = _cheapest_exp(lo, hi, tolerance, frac, carried, max(cut, lo), known)
     # Where even the range above the cut does not fit, the cut moves up: errors stay absolute, and small beside exp(hi).
     if floor is None:
         floor = cut if math.isfinite(cut) else hi + _FLOOR
     clipped = None
     while lo < floor < hi - 6.0 and clipped is None:
-        clipped = _cheapest_exp(floor, hi, tolerance, frac, carried, floor)
+        clipped = _cheapest_exp(floor, hi, tolerance, frac, carried, floor, known)
         floor += 0.0 if clipped else 1.0
     options = []
     if whole is not None:
@@ -166,7 +169,7 @@ def plan_exp(
 
 
 def _cheapest_exp(
-    lo: float, hi: float, tolerance: float, frac: int, carried: int, cut: float
+    lo: float, hi: float, tolerance: float, frac: int, carried: int, cut: float, known: int
 ) -> tuple[int, Exponential, int, float] | None:
     """(squarings, core, result's frac, error) with the fewest bits; None if nothing reaches the tolerance."""
     found: list[tuple[float, tuple[int, Exponential, int, float]]] = []
@@ -183,7 +186,8 @@ def _cheapest_exp(
         if kept < 10 or rounding > tolerance / 2:
             continue
         for blocks in (1, 2, 3):
-            core = _core(lo, hi, cut, squarings, frac, blocks, (tolerance - rounding) / 2.0**squarings, kept)
+            allowed = (tolerance - rounding) / 2.0**squarings
+            core = _core(lo, hi, cut, squarings, frac, blocks, allowed, kept, known)
             if core is not None:
                 choice = (squarings, core, min(kept, core.frac_out), core.error * 2.0**squarings + rounding)
                 weight = _exponential_bits(core, choice[2], squarings) + 3 * _ROUND_BITS * squarings
@@ -192,7 +196,15 @@ def _cheapest_exp(
 
 
 def _core(
-    lo: float, hi: float, cut: float, squarings: int, frac: int, blocks: int, tolerance: float, kept: int
+    lo: float,
+    hi: float,
+    cut: float,
+    squarings: int,
+    frac: int,
+    blocks: int,
+    tolerance: float,
+    kept: int,
+    known: int,
 ) -> Exponential | None:
     """One opening for exp(x / 2^squarings) on [lo, hi], relative accuracy above ``cut``; None if it does not fit."""
     fine = frac + squarings
@@ -201,9 +213,9 @@ def _core(
     high = (hi / 2.0**squarings) + 2.0**-fine
     length = (high - low) * 2.0**fine
     period = length / (1.0 - 2.0**-blocks)
-    opened = max(math.ceil(math.log2(period)) + 3, 8 + blocks)
+    opened = min(max(math.ceil(math.log2(period)) + 3, 8 + blocks), known)
     multiplier = min(math.ceil((2.0**opened - 2.0 ** (opened - blocks)) / length) - 1, 255)
-    if opened > 48 or multiplier < 1:
+    if not 8 + blocks <= opened <= 48 or multiplier < 1:
         return None
     block_bits = 2.0 ** (opened - blocks) / multiplier / 2.0**fine * _LOG2E
     digits = max(4, math.ceil(-math.log2(tolerance)))
@@ -236,7 +248,7 @@ async def exp(
         carried = min(max(frac, core.frac_out - core.word + 2), core.frac_out)
 
     async def step(child: Session, piece: Shared) -> Shared:
-        fine = plan.core.frac - plan.squarings
+        fine = plan.fine
         if piece.frac > fine:
             piece = await with_frac(p, child.fork("coarse"), piece, fine)
         piece = p.lift(piece, fine)
@@ -244,13 +256,20 @@ async def exp(
             below, _ = await overshoots(p, child.fork("clip"), piece, plan.floor, None, plan.bound)
             assert below is not None
             piece = p.sub(piece, below)
-        y = await p.exponential(child, plan.core, piece.viewed(plan.core.frac), frac=carried, ring=ring)
-        for i in range(plan.squarings):
-            y = await p.bilinear_truncate(child.fork(f"double{i}"), torch.mul, y, y, plan.frac)
-        return y
+        return await core_and_squarings(p, child, piece.viewed(plan.core.frac), plan, carried, ring)
 
     y = await elementwise(p, s.fork("exp"), step, x)
     return y if frac is None else await with_frac(p, s.fork("frac"), y, frac)
+
+
+async def core_and_squarings(
+    p: Protocol, s: Session, x: Shared | Unclosed, plan: ExpPlan, frac: int, ring: Ring | None
+) -> Shared:
+    """The planned exponential of an argument in its range, read with the core's fraction bits."""
+    y = await p.exponential(s, plan.core, x, frac=frac, ring=ring)
+    for i in range(plan.squarings):
+        y = await p.bilinear_truncate(s.fork(f"double{i}"), torch.mul, y, y, plan.frac)
+    return y
 
 
 # ---- reciprocal and rsqrt ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError
-from sfumato.protocol.series import Series
+from sfumato.protocol.series import Series, linear_word
 
 __all__ = ["fit_series", "series_bits", "series_from_dict", "series_noise", "series_to_dict"]
 
@@ -71,7 +71,8 @@ def fit_series(
     """The cheapest series for f on [lo, hi] whose error, rounding included, is at most ``tolerance``.
 
     ``weight`` multiplies the error before it is compared (1/|f| gives relative error). ``frac``: fraction bits of the
-    argument, at most; ``ring_bits``: its ring; ``linear=False``: sines alone, for any scale. When nothing meets the
+    argument, at most; ``ring_bits``: those that are known of its words, all of its ring's or what a product tells that
+    is not closed; ``linear=False``: sines alone, for any scale. When nothing meets the
     tolerance the most accurate fit is returned; its ``error`` says what it reaches.
 
     Raises:
@@ -239,14 +240,28 @@ class _Problem:
             if short > 0:
                 public += short
                 scale += short
+            if self._odd(candidate.series, scale, scale + above):
+                public, scale = public + 1, scale + 1
             word = max(_LEAST_WORD, scale + above)
             word += -word % 2
-            if public > 28 or word > _MOST_WORD or (candidate.series.linear and word > self.ring_bits):
+            if public > 28 or word > _MOST_WORD:
                 break
+            if word > self._longest(candidate.series, scale):
+                continue
             last = replace(candidate.series, dealt=dealt, public=public, word=word)
             if candidate.miss + series_noise(last) * heaviest <= tolerance:
                 return last
         return last if force else None
+
+    def _longest(self, series: Series, scale: int) -> int:
+        """Bits of the longest word that holds a series at ``scale``."""
+        if not series.linear:
+            return _MOST_WORD
+        return linear_word(self.ring_bits, self.frac, scale, series.linear_frac)
+
+    def _odd(self, series: Series, scale: int, word: int) -> bool:
+        """Whether the bit that makes a word even has to lie below the point, where a line leaves none above."""
+        return word % 2 == 1 and word > _LEAST_WORD and word + 1 > self._longest(series, scale)
 
 
 def _period(length: float, frac: int, ring_bits: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["FORBIDDEN", "MASKED_BELOW", "lowered", "score_masks", "split_mask"]
+__all__ = ["FORBIDDEN", "MASKED_BELOW", "lowered", "raised", "score_masks", "split_mask"]
 
 #: Additive masks at or below this value mean "not at all"; they never reach the ring.
 MASKED_BELOW = -1e3
@@ -42,3 +42,16 @@ def lowered(p: Protocol, s: Session, scores: Shared, mask: Shared, by: float) ->
     step = round(by * 2.0**scores.frac)
     added = p.linear(lambda u, m: u + m.broadcast_to(u.shape) * step, scores, mask, frac=scores.frac)
     return p.add_public(s, added, p.encode(added, -by))
+
+
+def raised(p: Protocol, mask: Shared, by: float, frac: int, keep: Tensor | None) -> Shared:
+    """What a mask of 0/1 words adds to scores of ``frac`` fraction bits that are lowered by as much: words of the ring,
+    wrapped where they do not fit. ``keep``: a public 0/1 mask over the scores. Local."""
+    bits = mask.ring.bits
+    step = (round(by * 2.0**frac) + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
+
+    def scaled(part: Tensor) -> Tensor:
+        words = part * step
+        return words if keep is None or words.device.type == "meta" else words * keep.to(words.device)
+
+    return p.linear(scaled, mask, frac=frac)

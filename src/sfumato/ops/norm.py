@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
 from sfumato.ops.basic import scale
-from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, Look, inverse, plan_inverse, with_frac
+from sfumato.ops.elementary import HEADROOM_BITS, InversePlan, inverse, plan_inverse, with_frac
+from sfumato.ops.look import Look
 from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, thirds
 from sfumato.protocol.base import Bilinear, Protocol
 from sfumato.ring.fixed import encode

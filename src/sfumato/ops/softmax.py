@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,18 +20,28 @@ from sfumato.ops.elementary import (
     HEADROOM_BITS,
     ExpPlan,
     InversePlan,
-    Look,
     exp,
     inverse,
     plan_exp,
     plan_inverse,
 )
+from sfumato.ops.look import Look
 from sfumato.ops.tiles import elementwise
+from sfumato.protocol import cost
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Ring, Shared
 
-__all__ = ["WEIGHT_FRAC", "SoftmaxPlan", "plan_softmax", "row_product", "row_weights", "softmax"]
+__all__ = [
+    "WEIGHT_FRAC",
+    "SoftmaxPlan",
+    "kept",
+    "plan_softmax",
+    "row_product",
+    "row_weights",
+    "softmax",
+    "weighed",
+]
 
 #: Most fraction bits that exponentials carry.
 _MOST_CARRIED = 40
@@ -44,7 +54,8 @@ NARROW_CARRIED, NARROW_COUNT = 15, 128
 @dataclass(frozen=True, slots=True)
 class SoftmaxPlan:
     """How rows of at most ``count`` scores in [lo, hi] become weights. ``reach`` bounds |values| in
-    attention."""
+    attention. ``known``: scores are the argument of the exponential before they are closed, by a product that tells so
+    many bits of them; 0 where they are closed first."""
 
     method: str
     count: int
@@ -54,6 +65,7 @@ class SoftmaxPlan:
     exp: ExpPlan
     inverse: InversePlan
     reach: float
+    known: int = 0
 
     @property
     def bound(self) -> float:
@@ -64,10 +76,15 @@ class SoftmaxPlan:
         """Whether exponentials fit Z32, for weights there."""
         return self.exp.frac <= NARROW_CARRIED
 
+    @property
+    def direct(self) -> bool:
+        """Whether they come out there. Squarings need the room of Z64; what comes out of the last one is small."""
+        return self.narrow and not self.exp.squarings
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method, "count": self.count, "lo": self.lo, "hi": self.hi, "offset": self.offset,
-            "exp": self.exp.to_dict(), "inverse": self.inverse.to_dict(), "reach": self.reach,
+            "exp": self.exp.to_dict(), "inverse": self.inverse.to_dict(), "reach": self.reach, "known": self.known,
         }  # fmt: skip
 
     @staticmethod
@@ -88,10 +105,12 @@ def plan_softmax(
     method: str | None = None,
     tolerance: float = 5e-4,
     short: bool = False,
+    known: int = 0,
 ) -> SoftmaxPlan:
     """Plan rows of ``count`` scores in [lo, hi] whose maxima lie in [row_lo, row_hi]; margins are the
     caller's. ``short``: for weights in Z32; exponentials are there, too, where rows are short enough and rounding does
-    not show.
+    not show. ``known``: bits that a product tells of scores that are not closed; these are planned where method and
+    range allow it and closing them costs more, 2 words and a round, than opening them both ways.
 
     Without ``method`` it is ``offset`` if the row with the smallest maximum keeps enough of the ring's bits, else
     ``max``.
@@ -109,17 +128,29 @@ def plan_softmax(
     shape = (count, lo, hi, row_lo, row_hi, reach, frac, tolerance)
     carried = [NARROW_CARRIED] * (count <= NARROW_COUNT) + [SHORT_CARRIED] if short else [_MOST_CARRIED]
     if method is None:
-        found = next((plan for most in carried if (plan := _offset(*shape, most))), None)
-        return found or _planned("max", *shape, carried[0])
+        for most in carried:
+            if (found := _offset(*shape, most)) is not None:
+                return _unclosed(found, (*shape, most), 32 if short else 64, known) if known else found
+        return _planned("max", *shape, carried[0])
     return _planned(method, *shape, carried[-1])
 
 
-def _offset(*shape: float) -> SoftmaxPlan | None:
+def _offset(*shape: float, known: int = 64) -> SoftmaxPlan | None:
     """The plan with a public offset; None if rows with a small maximum would keep too few bits."""
     try:
-        return _planned("offset", *shape, strict=True)
+        return _planned("offset", *shape, strict=True, known=known)
     except RangeError:
         return None
+
+
+def _unclosed(closed: SoftmaxPlan, shape: tuple[float, ...], ring_bits: int, known: int) -> SoftmaxPlan:
+    """The plan for scores that are not closed, unless it costs more."""
+    found = _offset(*shape, known=known)
+    if found is None or found.exp.clip or found.exp.fine != shape[6]:
+        return closed
+    saved = cost.bits("truncate", k=ring_bits, f=ring_bits - known)
+    more = found.exp.bits + found.exp.core.opened - closed.exp.bits
+    return replace(found, known=known) if more < saved else closed
 
 
 def _planned(
@@ -135,6 +166,7 @@ def _planned(
     most_carried: float,
     *,
     strict: bool = False,
+    known: int = 64,
 ) -> SoftmaxPlan:
     """The plan of one method; ``strict`` raises RangeError where rounding would show."""
     if method == "offset":
@@ -153,7 +185,7 @@ def _planned(
     floor = -spread + math.log(tolerance / (4.0 * count)) if short else None
     planned = plan_exp(
         -max(below, 1.0), max(top, 0.01), tolerance=tolerance, frac=int(frac), cut=cut, carried=carried,
-        floor=floor, short=short,
+        floor=floor, short=short, known=known,
     )  # fmt: skip
     # Rounding of 2^-frac at every score: four deviations of a weighted sum, and the total variation of a row.
     noise, variation = math.exp(spread) * 2.0**-planned.frac, max(5e-3, 2.5 * tolerance)
@@ -180,9 +212,7 @@ async def row_weights(
         raise TypeMismatch(f"this softmax was planned for rows of {plan.count}, not {x.shape[-1]}")
     keep: Tensor | None = None
     if allowed is not None:
-        if allowed.device.type != "meta" and not bool(allowed.expand(x.shape).any(-1).all()):
-            raise RangeError("a row of scores is masked entirely; softmax of nothing is undefined")
-        keep = allowed.to(torch.int32)
+        keep = kept(allowed, x.shape)
         # Masked scores become the smallest planned one, so that no range is left.
         filler = p.encode(x, torch.where(allowed, 0.0, plan.lo))
         x = p.add_public(s, _kept(p, x, keep), filler)
@@ -192,10 +222,21 @@ async def row_weights(
         moved = p.sub(x, await maximum(p, s.fork("max"), x, -1, plan.bound))
     if look is not None:
         look("scores", moved)
-    # Squarings need the room of Z64; what comes out of the last one is small.
-    direct = plan.narrow and not plan.exp.squarings
-    e = await exp(p, s.fork("exp"), moved, plan.exp, ring=Z32 if direct else Z64)
-    if plan.narrow and not direct:
+    e = await exp(p, s.fork("exp"), moved, plan.exp, ring=Z32 if plan.direct else Z64)
+    return await weighed(p, s, e, plan, keep, frac, look)
+
+
+async def weighed(
+    p: Protocol,
+    s: Session,
+    e: Shared,
+    plan: SoftmaxPlan,
+    keep: Tensor | None,
+    frac: int,
+    look: Look | None,
+) -> tuple[Shared, Shared]:
+    """:func:`row_weights` of exponentials as the plan carries them; where ``keep`` is 0 they become zero."""
+    if plan.narrow and not plan.direct:
         e = p.shorten(s, e, e.frac)
     if keep is not None:
         e = _kept(p, e, keep)
@@ -203,6 +244,17 @@ async def row_weights(
     if look is not None:
         look("sums", total)
     return e, await inverse(p, s.fork("sum"), total, plan.inverse, frac=frac)
+
+
+def kept(allowed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A public mask over scores of ``shape`` as words.
+
+    Raises:
+        RangeError: a row has nothing left.
+    """
+    if allowed.device.type != "meta" and not bool(allowed.expand(shape).any(-1).all()):
+        raise RangeError("a row of scores is masked entirely; softmax of nothing is undefined")
+    return allowed.to(torch.int32)
 
 
 def _kept(p: Protocol, x: Shared, keep: Tensor) -> Shared:

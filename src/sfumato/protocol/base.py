@@ -21,7 +21,7 @@ from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Ring, Secret, Shared, SharedIndex, TruncationError
 
-__all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Window"]
+__all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Unclosed", "Window"]
 
 Linear = Callable[..., Tensor]
 Bilinear = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +49,62 @@ class Window:
             raise TypeMismatch(
                 f"a window of {self.bits} bits above bit {self.shift} does not lie inside {ring}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Unclosed:
+    """A product, or a public linear map, that a function of one opening takes before its truncation.
+
+    The argument is (f(x, y) (+ plus)) >> bits, read with ``frac`` fraction bits, plus ``offset``; without y it is
+    (f(x) (+ plus)) >> bits. ``shape`` is f's, ``plus`` has f's scale and broadcasts. Only ``known`` bits of it are
+    right: a function is fitted for that. ``pick`` chooses elements of the argument, which ``seen`` gets as shares.
+    """
+
+    f: Callable[..., Tensor]
+    x: Shared
+    y: Shared | None
+    shape: tuple[int, ...]
+    bits: int
+    frac: int
+    plus: Shared | None = None
+    offset: float | Tensor = 0.0
+    pick: Callable[[Tensor], Tensor] | None = None
+    seen: Callable[[Shared], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.x.ring.kind == "Z" and 0 <= self.bits < self.x.ring.bits):
+            raise TypeMismatch(f"a product in {self.x.ring} cannot drop {self.bits} bits before its opening")
+
+    @property
+    def type(self) -> Secret:
+        """The argument's type."""
+        return Secret(self.x.ring, self.frac, self.shape)
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the product, and by default of what is made of it."""
+        return self.x.ring
+
+    @property
+    def known(self) -> int:
+        """Low bits of the argument's words that its summands add up to: what is above them is a wrap's."""
+        return self.x.ring.bits - self.bits
+
+    async def closed(self, p: Protocol, s: Session) -> Shared:
+        """The argument by a product and its truncation."""
+        if self.y is None:
+            gain = self.frac + self.bits - self.x.frac
+            z = await p.linear_truncate(
+                s, self.f, self.x, self.bits, shape=self.shape, plus=self.plus, gain_frac=gain
+            )
+        else:
+            z = await p.bilinear_truncate(s, self.f, self.x, self.y, self.bits, plus=self.plus)
+        z = z.viewed(self.frac)
+        if isinstance(self.offset, Tensor) or self.offset:
+            z = p.add_public(s, z, p.encode(z, self.offset))
+        if self.pick is not None and self.seen is not None:
+            self.seen(p.linear(self.pick, z))
+        return z
 
 
 class Protocol(ABC):
@@ -238,17 +294,24 @@ class Protocol(ABC):
         self,
         s: Session,
         series: Sequence[Series],
-        x: Shared,
+        x: Shared | Unclosed,
         *,
         frac: int | None = None,
         ring: Ring | None = None,
     ) -> tuple[Shared, ...]:
         """Univariate functions of one secret, elementwise, from one opening: :class:`Series` of equal centre and
-        period, with ``frac`` (default: x's) fraction bits, in ``ring`` (default: x's).
+        period, with ``frac`` (default: x's) fraction bits, in ``ring`` (default: x's). Of a product that is not closed
+        the truncation is saved.
         """
 
     async def evaluate(
-        self, s: Session, series: Series, x: Shared, *, frac: int | None = None, ring: Ring | None = None
+        self,
+        s: Session,
+        series: Series,
+        x: Shared | Unclosed,
+        *,
+        frac: int | None = None,
+        ring: Ring | None = None,
     ) -> Shared:
         """One univariate function given as a :class:`Series`; see :meth:`evaluate_all`."""
         (y,) = await self.evaluate_all(s, (series,), x, frac=frac, ring=ring)
@@ -256,7 +319,7 @@ class Protocol(ABC):
 
     @abstractmethod
     async def exponential(
-        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+        self, s: Session, spec: Exponential, x: Shared | Unclosed, *, frac: int, ring: Ring | None = None
     ) -> Shared:
         """exp(x) with relative accuracy on the specification's range, elementwise, with ``frac`` fraction bits."""
 

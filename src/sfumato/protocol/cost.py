@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from sfumato.protocol.base import plane_bytes
@@ -206,6 +207,12 @@ def _exponential(
     return _opened(opened, word, 1 << blocks, two_way) + _truncate(k=word, f=max(0, scale - out), out=k)
 
 
+def _of_product(move: Callable[..., Cost], *, source: int = 0, **sizes: int) -> Cost:
+    """A function of a product that is not closed, whose words have ``source`` bits (0: of a public linear map)."""
+    made = Cost((Message(2, 1, source),), 1) if source else Cost((), 0)
+    return made + move(**{**sizes, "two_way": 1})
+
+
 #: Cost of every move and override by name. Keywords: ``k`` ring bits, ``f`` bits dropped, ``m`` window bits.
 MOVES: Mapping[str, Callable[..., Cost]] = MappingProxyType(
     {
@@ -234,6 +241,8 @@ MOVES: Mapping[str, Callable[..., Cost]] = MappingProxyType(
         "select": _bilinear,
         "evaluate": _evaluate,
         "exponential": _exponential,
+        "evaluate, not closed": partial(_of_product, _evaluate),
+        "exponential, not closed": partial(_of_product, _exponential),
     }
 )
 

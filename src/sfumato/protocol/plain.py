@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import RangeError, TypeMismatch
-from sfumato.protocol.base import Bilinear, Exponential, Protocol, Series, Window, plane_bytes
+from sfumato.protocol.base import Bilinear, Exponential, Protocol, Series, Unclosed, Window, plane_bytes
 from sfumato.protocol.rep3_evaluate import check_domain, check_exponential
 from sfumato.ring.fixed import decode
 from sfumato.ring.planes import from_plane, to_planes
@@ -142,7 +142,7 @@ class Plain(Protocol):
         self,
         s: Session,
         series: Sequence[Series],
-        x: Shared,
+        x: Shared | Unclosed,
         *,
         frac: int | None = None,
         ring: Ring | None = None,
@@ -153,8 +153,9 @@ class Plain(Protocol):
         Raises:
             RangeError: a result leaves the words in which rep3 sums it up; names the path.
         """
+        x, known = await self._argument(s, x)
         frac, ring = x.frac if frac is None else frac, ring or x.ring
-        check_domain(series, x.type, ring, frac)
+        check_domain(series, x.type, ring, frac, known)
         return tuple(
             [
                 await self._rounded(s, g(decode(x.parts[0], x.frac)), g.noise, g.scale, g.word, frac, ring, i)
@@ -165,15 +166,16 @@ class Plain(Protocol):
         )
 
     async def exponential(
-        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+        self, s: Session, spec: Exponential, x: Shared | Unclosed, *, frac: int, ring: Ring | None = None
     ) -> Shared:
         """exp in float64 on the decoded value, rounded as rep3's factors and closing truncation are.
 
         Raises:
             RangeError: a value leaves the specification's range; names the path.
         """
+        x, known = await self._argument(s, x)
         ring = ring or x.ring
-        check_exponential(spec, x.type, ring, frac)
+        check_exponential(spec, x.type, ring, frac, known)
         if x.parts[0].device.type == "meta":
             return _nothing(ring, frac, x.shape)
         value = decode(x.parts[0], x.frac)
@@ -185,6 +187,12 @@ class Plain(Protocol):
         exact = torch.exp(value)
         noise = exact * spec.error / 3.0
         return await self._rounded(s, exact, noise, spec.frac_out, spec.word, frac, ring, 0)
+
+    async def _argument(self, s: Session, x: Shared | Unclosed) -> tuple[Shared, int]:
+        """The argument of a function, and how many bits of it rep3 would know."""
+        if isinstance(x, Shared):
+            return x, x.ring.bits
+        return await x.closed(self, s.fork("close")), x.known
 
     async def _rounded(
         self,

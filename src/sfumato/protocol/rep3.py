@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
-from sfumato.protocol.base import Bilinear, Exponential, Linear, Protocol, Series, Window, plane_bytes
+from sfumato.protocol.base import (
+    Bilinear,
+    Exponential,
+    Linear,
+    Protocol,
+    Series,
+    Unclosed,
+    Window,
+    plane_bytes,
+)
 from sfumato.protocol.rep3_bits import bits_to_words, less_bits
 from sfumato.protocol.rep3_close import Additive, close, open_product, replicate, zero_share
 from sfumato.protocol.rep3_evaluate import evaluate, exponential
@@ -254,7 +263,7 @@ class Rep3(Protocol):
         self,
         s: Session,
         series: Sequence[Series],
-        x: Shared,
+        x: Shared | Unclosed,
         *,
         frac: int | None = None,
         ring: Ring | None = None,
@@ -262,14 +271,20 @@ class Rep3(Protocol):
         """3 rounds; see :func:`sfumato.protocol.rep3_evaluate.evaluate`. The same with ``fused=False``: it has no form
         on the plain moves, and a caller who wants none of it composes polynomials instead.
         """
+        x = await self._closed(s, x)
         frac, ring = x.frac if frac is None else frac, ring or x.ring
         return await evaluate(self, s, series, x, frac, ring, two_way=self.two_way)
 
     async def exponential(
-        self, s: Session, spec: Exponential, x: Shared, *, frac: int, ring: Ring | None = None
+        self, s: Session, spec: Exponential, x: Shared | Unclosed, *, frac: int, ring: Ring | None = None
     ) -> Shared:
         """3 rounds; see :func:`sfumato.protocol.rep3_evaluate.exponential`."""
+        x = await self._closed(s, x)
         return await exponential(self, s, spec, x, frac, ring or x.ring, two_way=self.two_way)
+
+    async def _closed(self, s: Session, x: Shared | Unclosed) -> Shared | Unclosed:
+        """The argument of a function: a product is not opened before it is closed on the plain moves."""
+        return x if self.fused or isinstance(x, Shared) else await x.closed(self, s.fork("close"))
 
     # ---- at the client -------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from sfumato.ring.closing import judge, rounded_down, rounded_up
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
 
-__all__ = ["Additive", "close", "open_product", "replicate", "reshare", "zero_share"]
+__all__ = ["Additive", "close", "open_product", "replicate", "reshare", "without_wrap", "zero_share"]
 
 
 def zero_share(s: Session, ring: Ring, shape: tuple[int, ...]) -> Tensor:
@@ -152,7 +152,7 @@ async def close(
         raise TypeMismatch(f"a truncation of {k}-bit words drops 0 to {k - 1} bits, not {bits}")
     width = ring.bits - k + bits
     if width <= 0:
-        return await reshare(s, _without_wrap(s, u, bits, ring), shape, ring, frac)
+        return await reshare(s, without_wrap(s, u, bits, ring), shape, ring, frac)
     if s.role == 2:
         ra, rb = _bit(s, "ra", (0, 2), shape), _bit(s, "rb", (1, 2), shape)
         dealt0 = s.prg("ab", (0, 2), ring, shape)
@@ -192,7 +192,7 @@ def _reaches(source: Ring, bits: int, ring: Ring) -> bool:
     return ring.bits >= source.bits or source.bits - bits >= ring.bits
 
 
-def _without_wrap(s: Session, u: Additive, bits: int, ring: Ring) -> Tensor | None:
+def without_wrap(s: Session, u: Additive, bits: int, ring: Ring) -> Tensor | None:
     """The summands' quotients where a wrap is a multiple of the result's 2^k': role 0 rounds up, role 1 down."""
     if u.words is None:
         return None

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Exponential", "Series"]
+__all__ = ["Exponential", "Series", "linear_word"]
 
 #: Longest words in which a series or an exponential is summed up; values stay two bits below.
 _LONGEST = 64
+
+
+def linear_word(known: int, frac: int, scale: int, linear_frac: int) -> int:
+    """Bits of the longest word in which a linear part of ``scale`` fraction bits is right, of which a multiple of the
+    argument's unit is all that is known mod 2^known."""
+    return known + scale - frac - linear_frac
 
 
 @dataclass(frozen=True, slots=True)

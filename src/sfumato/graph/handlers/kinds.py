@@ -3,6 +3,7 @@ plan chooses."""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from sfumato.graph.program import Node
 from sfumato.graph.tails import Sketch
+from sfumato.ops.look import Look, Sampler
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
 from sfumato.types import Ring, Shared
 
-__all__ = ["Choose", "Context", "Handler", "Look", "Measure", "Options", "Run", "Stats", "Supports"]
+__all__ = ["Choose", "Context", "Handler", "Measure", "Options", "Run", "Stats", "Supports", "Watcher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,28 @@ class Options:
     mixed: bool = False
 
 
-#: ``look(node, part, value)``: something inside a call that the certificate may sample; local.
-Look = Callable[[Node, str, Shared], None]
+class Watcher(typing.Protocol):
+    """Who looks inside calls: the certificate, which samples there."""
+
+    def look_inside(self, node: Node, part: str, value: Shared) -> None:
+        """Something inside a call that is at hand; local."""
+
+    def sampler(self, node: Node, part: str, path: str, count: int) -> Sampler | None:
+        """The same of ``count`` elements that never will be; see :class:`sfumato.ops.look.Look`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """A watcher of one call, as operations see it."""
+
+    watcher: Watcher
+    node: Node
+
+    def __call__(self, part: str, value: Shared) -> None:
+        self.watcher.look_inside(self.node, part, value)
+
+    def sampler(self, part: str, path: str, count: int) -> Sampler | None:
+        return self.watcher.sampler(self.node, part, path, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +86,7 @@ class Context:
     protocol: Protocol
     options: Options
     choices: Mapping[str, Mapping[str, Any]]
-    look: Look | None = None
+    watcher: Watcher | None = None
 
     def at(self, options: Options) -> Context:
         """The same with the options of one call."""
@@ -82,10 +104,9 @@ class Context:
         """The plan's choice for this node; empty when there was nothing to choose."""
         return self.choices.get(node.name, {})
 
-    def watching(self, node: Node) -> Callable[[str, Shared], None] | None:
+    def watching(self, node: Node) -> Look | None:
         """What an operation of this call gives its inner values to, by name; None when nobody looks."""
-        look = self.look
-        return None if look is None else lambda part, value: look(node, part, value)
+        return None if self.watcher is None else Watching(self.watcher, node)
 
 
 #: ``run(context, session, node, args, kwargs)``; secrets come as Shared, public tensors as Tensor, the rest

@@ -23,22 +23,18 @@ from sfumato.graph.handlers.nonlinear_ranges import (
     chosen,
     in_range,
     in_z64,
-    is_short,
     like,
-    log_range,
     positive,
     range_of,
     room,
     seen,
     spread,
-    usual,
     widened,
     window_bits,
 )
+from sfumato.graph.handlers.smooth import OPENINGS, log_range_of
 from sfumato.graph.program import Node
 from sfumato.ops import activation, basic, compare, elementary
-from sfumato.ops.fit import series_noise
-from sfumato.ops.tiles import elementwise
 from sfumato.protocol import cost
 from sfumato.protocol.base import Protocol
 from sfumato.session.session import Session
@@ -48,96 +44,6 @@ __all__ = ["ELEMENTWISE"]
 
 #: ``compute(p, s, x, bound, args, kwargs)`` or a function of ``ops`` with the same beginning.
 Compute = Callable[..., Awaitable[Shared]]
-
-
-# ---- one opening -------------------------------------------------------------------------------------------
-
-
-def _smooth(
-    name: str | Callable[[Node], str], supports: Callable[[Node], str | None] | None = None
-) -> Handler:
-    """A function of :data:`activation.FUNCTIONS` on its calibrated range."""
-
-    def choose(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-        lo, hi = range_of(node, stats, options)
-        known = name if isinstance(name, str) else name(node)
-        if known in ("log", "sqrt") and lo <= 0:  # a margin must not cross zero
-            lo = _log_range(stats, options, "in", known)[0]
-        allowed = budget(options).smooth(stats.get("lo_scale", 1.0), options.frac, short=is_short(options))
-
-        def make() -> dict[str, Any]:
-            plan = activation.plan_smooth(
-                known, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in"),
-                ring_bits=32 if is_short(options) else 64,
-            )  # fmt: skip
-            series, ends = plan.series, torch.linspace(plan.series.lo, plan.series.hi, 257)
-            largest = float(series(ends).abs().max())
-            return {
-                "method": plan.method, "range": [lo, hi], "bits": plan.bits,
-                "error": plan.error + series_noise(series) + 2.0**-options.frac,
-                "headroom": series.word - room(largest, series.scale), "plan": plan.to_dict(),
-            }  # fmt: skip
-
-        return chosen(make)
-
-    async def run(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-        plan = activation.SmoothPlan.from_dict(ctx.choice(node)["plan"])
-        # A series that was planned for a mixed plan's Z32 takes it as it is; clips compare in Z64.
-        direct = plan.method == "series" and is_short(ctx.options)
-        x = args[0] if direct else await in_z64(ctx, s.fork("in"), args[0])
-        return await like(
-            ctx, s.fork("out"), await activation.smooth(ctx.protocol, s.fork("smooth"), x, plan)
-        )
-
-    measure = positive if name == "log" else in_range
-    return Handler(run, measure, choose, None if supports is None else lambda node, secret: supports(node))
-
-
-def _choose_quad(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    bits, frac = (32 if is_short(options) else 64), options.frac
-    largest = (bound_of(node, stats, options) + 1.0) ** 2
-    return {
-        "method": "square", "range": [*range_of(node, stats, options)], "error": 2.0**-frac,
-        "bits": cost.bits("bilinear_truncate", k=bits, f=frac + 3), "headroom": bits - 2 - room(largest, 2 * frac),
-    }  # fmt: skip
-
-
-async def _quad(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
-    """((x + 1)^2 + 3) / 8: one square, whose truncation divides by 8, too."""
-    p = ctx.protocol
-    x = args[0] if is_short(ctx.options) else await in_z64(ctx, s.fork("in"), args[0])
-    moved = p.add_public(s, x, p.encode(x, 1.0))
-
-    async def step(child: Session, piece: Shared) -> Shared:
-        return await p.bilinear_truncate(child, torch.mul, piece, piece, piece.frac + 3)
-
-    y = (await elementwise(p, s.fork("square"), step, moved)).viewed(x.frac)
-    return await like(ctx, s.fork("out"), p.add_public(s, y, p.encode(y, 0.375)))
-
-
-def _log_range(stats: Stats, options: Options, key: str, what: str) -> tuple[float, float]:
-    """The range of a quantity whose logarithms were measured, too."""
-    if f"lo_log_{key}" not in stats:
-        raise CaptureError(
-            f"{what} saw {stats[f'lo_{key}']:g} in calibration; it needs positive values away from zero"
-        )
-    return log_range(stats, f"log_{key}", options)
-
-
-def _which_gelu(node: Node) -> str:
-    return "gelu_tanh" if argument(node.args, node.kwargs, 1, "approximate", "none") == "tanh" else "gelu"
-
-
-def _unit_softplus(node: Node) -> str | None:
-    beta = argument(node.args, node.kwargs, 1, "beta", 1)
-    return None if beta == 1 else "softplus with a beta other than 1"
-
-
-def _unit_elu(node: Node) -> str | None:
-    given = [
-        argument(node.args, node.kwargs, i, n, 1) for i, n in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
-    ]
-    return None if all(v == 1 for v in given) else "elu with an alpha or a scale other than 1"
 
 
 # ---- exp, roots, quotients ---------------------------------------------------------------------------------
@@ -171,7 +77,7 @@ async def _exp(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs)
 def _inverse_choice(
     root: int, stats: Stats, key: str, options: Options, what: str, product: bool = False
 ) -> dict[str, Any]:
-    low, high = _log_range(stats, options, key, what)
+    low, high = log_range_of(stats, options, key, what)
 
     def make() -> dict[str, Any]:
         allowed = budget(options).largest
@@ -392,8 +298,8 @@ def _pair(larger: bool) -> Handler:
         p, seen = ctx.protocol, _Seen.of(ctx.choice(node))
         x, y = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in range(2)]
         gap = basic.sub(p, s, x, y) if larger else basic.sub(p, s, y, x)
-        if ctx.look is not None:
-            ctx.look(node, "gap", gap)
+        if (look := ctx.watching(node)) is not None:
+            look("gap", gap)
         lead = await compare.relu(p, s.fork("relu"), gap, seen.bound, bits=seen.bits)
         best = basic.add(p, s, y, lead) if larger else basic.sub(p, s, y, lead)
         return await like(ctx, s.fork("out"), best)
@@ -408,8 +314,8 @@ def _order(swapped: bool) -> Handler:
         p, seen = ctx.protocol, _Seen.of(ctx.choice(node))
         x, y = [await in_z64(ctx, s.fork(f"in{i}"), args[i]) for i in range(2)]
         gap = basic.sub(p, s, y, x) if swapped else basic.sub(p, s, x, y)
-        if ctx.look is not None:
-            ctx.look(node, "gap", gap)
+        if (look := ctx.watching(node)) is not None:
+            look("gap", gap)
         bit = await compare.less_than_zero(p, s.fork("less"), gap, seen.bound, bits=seen.bits)
         return await like(ctx, s.fork("out"), bit)
 
@@ -424,17 +330,7 @@ _RELU, _LEAKY = _compared(_relu), _compared(_leaky_relu)
 _DIV = Handler(_div, _measure_div, _choose_div, _supports_div)
 
 ELEMENTWISE: dict[str, Handler] = {
-    **{
-        f"aten.{name}{tail}.default": _smooth(name)
-        for name in ("silu", "mish", "sigmoid", "tanh", "erf", "sin", "cos", "log")
-        for tail in ("", "_")
-    },
-    "aten.gelu.default": _smooth(_which_gelu),
-    "sfumato.quick_gelu": _smooth("quick_gelu"),
-    "sfumato.quad": Handler(_quad, in_range, _choose_quad),
-    "aten.softplus.default": _smooth("softplus", _unit_softplus),
-    "aten.log_sigmoid.default": _smooth("logsigmoid"),
-    "aten.elu.default": _smooth("elu", _unit_elu),
+    **OPENINGS,
     "aten.exp.default": Handler(_exp, in_range, _choose_exp),
     "aten.reciprocal.default": _RECIPROCAL,
     "aten.rsqrt.default": _RSQRT,

@@ -180,15 +180,31 @@ def _measure_softmax(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
 
 
 def _choose_rows(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
-    return _planned_rows(node, stats, options, masked=False)
+    return _planned_rows(node, stats, options)
+
+
+def _choose_attention(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
+    return _planned_rows(node, stats, options, known=_known_scores(node, stats, options))
 
 
 def _choose_masked(node: Node, stats: Stats, options: Options) -> dict[str, Any]:
     """The range reaches as far down as masked scores are lowered."""
-    return _planned_rows(node, stats, options, masked=True)
+    return _planned_rows(node, stats, options, masked=True, known=_known_scores(node, stats, options))
 
 
-def _planned_rows(node: Node, stats: Stats, options: Options, *, masked: bool) -> dict[str, Any]:
+def _known_scores(node: Node, stats: Stats, options: Options) -> int:
+    """Bits that the product of queries and keys tells of a score before it is closed."""
+    if "hi_width" not in stats or (options.ring == "Z32" and not is_short(options)):
+        return 0
+    scale = argument(node.args, node.kwargs, 6, "scale")
+    return attention.known_scores(
+        stats["hi_width"] ** -0.5 if scale is None else float(scale), options.frac, short=is_short(options)
+    )
+
+
+def _planned_rows(
+    node: Node, stats: Stats, options: Options, *, masked: bool = False, known: int = 0
+) -> dict[str, Any]:
     seen(node, stats, "score")
     lo, hi = widened(stats, "score", options)
     row_lo, row_hi = widened(stats, "row", options)
@@ -203,7 +219,7 @@ def _planned_rows(node: Node, stats: Stats, options: Options, *, masked: bool) -
     def make() -> dict[str, Any]:
         plan = softmax.plan_softmax(
             count, lo, hi, row_lo, row_hi, reach=reach, frac=options.frac, short=is_short(options),
-            tolerance=allowed,
+            tolerance=allowed, known=known,
         )  # fmt: skip
         product = cost.bits("bilinear_truncate", k=64, f=options.frac)
         search = cost.bits("select_negative", k=64, m=compare.WINDOW_BITS) if plan.method == "max" else 0
@@ -242,7 +258,7 @@ def _measure_masked(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
     scores = _scores(args, kwargs)
     return {
         **_row_stats(scores, None), "row": scores.masked_fill(args[3] < 0.5, -math.inf).amax(-1),
-        "hi_value": float(args[2].abs().max()),
+        "hi_value": float(args[2].abs().max()), "hi_width": float(args[0].shape[-1]),
     }  # fmt: skip
 
 
@@ -254,7 +270,8 @@ def _measure_attention(args: Args, kwargs: Kwargs, out: Tensor) -> Measured:
         scores = scores if bias is None else scores + bias
     if argument(args, kwargs, 5, "is_causal", False):
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return {**_row_stats(scores, allowed), "hi_value": float(args[2].abs().max())}
+    value, width = float(args[2].abs().max()), float(args[0].shape[-1])
+    return {**_row_stats(scores, allowed), "hi_value": value, "hi_width": width}
 
 
 async def _masked_attention(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -408,7 +425,7 @@ ROWS: dict[str, Handler] = {
     "aten._softmax.default": _SOFTMAX,
     "aten._safe_softmax.default": _SOFTMAX,
     "aten.scaled_dot_product_attention.default": Handler(
-        _attention, _measure_attention, _choose_rows, _supports_attention
+        _attention, _measure_attention, _choose_attention, _supports_attention
     ),
     "sfumato.masked_attention": Handler(_masked_attention, _measure_masked, _choose_masked),
     "sfumato.argmax_one_hot": Handler(_argmax_one_hot, in_range, _window_choice(True)),
