@@ -25,37 +25,71 @@ from sfumato.ops.opened import known_bits
 from sfumato.protocol import cost
 from sfumato.types import Ring
 
-__all__ = ["join_activations"]
+__all__ = ["join_activations", "layer_of"]
 
 #: Places of x, w and the bias among a layer's arguments, and whether w is (O, K).
 _LAYERS = {"aten.linear.default": (0, 1, 2, True), "aten.addmm.default": (1, 2, 0, False)}
+
+_RESHAPES = frozenset(("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default"))
 
 Choices = dict[str, Mapping[str, Any]]
 
 
 def join_activations(
-    placed: Placed, measured: Calibration, options: Options, formats: Formats, choices: Choices
+    placed: Placed, measured: Calibration, options: Options, formats: dict[str, Format], choices: Choices
 ) -> Placed:
-    """The program with joined calls, whose choices are put into ``choices``."""
-    program = placed.program
+    """The program with joined calls, whose choices and formats are put into ``choices`` and ``formats``."""
+    program, places = placed.program, dict(placed.places)
     uses = Counter(name for node in program.nodes for name in node.refs())
-    uses.update(program.outputs)
+    uses.update(program.output_names)
     made = {node.name: node for node in program.nodes}
     gone: set[str] = set()
-    nodes = []
+    nodes: list[Node] = []
     for node in program.nodes:
-        layer = made.get(node.args[0].name) if node.args and isinstance(node.args[0], Ref) else None
-        if layer is not None and layer.target in _LAYERS and uses[layer.name] == 1:
-            joined = _joined(placed, layer, node, measured, options, formats, choices)
-            if joined is not None:
-                gone.add(layer.name)
-                node = joined
-        nodes.append(node)
+        path = layer_of(node, made, uses)
+        joined = (
+            None if path is None else _joined(placed, path[-1], node, measured, options, formats, choices)
+        )
+        if path is None or joined is None:
+            nodes.append(node)
+            continue
+        gone |= {other.name for other in path}
+        if len(path) == 1:
+            nodes.append(joined)
+            continue
+        # What was a reshape before the function comes after it, under the function's name.
+        inner = replace(joined, name=f"{node.name}_layer", shape=path[-1].shape)
+        choices[inner.name], places[inner.name] = choices.pop(node.name), Place.SECRET
+        if node.name in formats:
+            formats[inner.name] = formats[node.name]
+        nodes += [
+            inner,
+            replace(path[0], name=node.name, args=(Ref(inner.name), node.shape), shape=node.shape),
+        ]
     for name in gone:
         choices.pop(name, None)
+        places.pop(name)
+        formats.pop(name, None)
     kept = tuple(node for node in nodes if node.name not in gone)
-    places = {name: where for name, where in placed.places.items() if name not in gone}
     return Placed(replace(program, nodes=kept), places, placed.per_call - gone)
+
+
+def layer_of(
+    node: Node, made: Mapping[str, Node], uses: Mapping[str, int] | None = None
+) -> list[Node] | None:
+    """The calls from a function's argument back to the linear layer that it is of, if it is. With ``uses``: of which
+    nobody else reads anything."""
+    path: list[Node] = []
+    while node.args and isinstance(node.args[0], Ref) and node.args[0].name in made:
+        node = made[node.args[0].name]
+        if uses is not None and uses[node.name] != 1:
+            return None
+        path.append(node)
+        if node.target in _LAYERS:
+            return path
+        if node.target not in _RESHAPES:
+            return None
+    return None
 
 
 def _joined(

@@ -100,11 +100,11 @@ def make_plan(
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
     options = _with_risk(options, measured, calibration is None, notes)
-    formats: Formats = {}
+    formats = dict[str, Format]()
     choices, problems = dict[str, Mapping[str, Any]](), []
     if scheme is not None:
         mixed = quantize(placed, measured, options, scheme, edges)
-        placed, formats, choices = mixed.placed, mixed.formats, dict(mixed.choices)
+        placed, formats, choices = mixed.placed, dict(mixed.formats), dict(mixed.choices)
         notes.append(_mixture(placed, formats))
     elif edges != NO_EDGES:
         raise JobError("edges are formats of a plan of mixed rings; give ring='mixed' with them")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sfumato.errors import JobError
+from sfumato.graph.activated import layer_of
 from sfumato.graph.calibrate import Calibration
 from sfumato.graph.edges import NO_EDGES, Edges, stricter
 from sfumato.graph.formats import WHOLE, Format
@@ -126,7 +127,9 @@ class _Quantizer:
         self.long = Format("Z64", options.frac)
         self.nodes = {n.name: n for n in placed.program.nodes}
         self.activated = {  # products that a function of one opening reads
-            name for n in placed.program.nodes if n.target in _CURVES - {"sfumato.quad"} for name in n.refs()
+            path[-1].name
+            for n in placed.program.nodes
+            if n.target in _CURVES - {"sfumato.quad"} and (path := layer_of(n, self.nodes)) is not None
         }
         self.secret = {n.name for n in placed.program.nodes if placed.places[n.name] is Place.SECRET}
         self.formats: dict[str, Format] = edges.inputs(placed)

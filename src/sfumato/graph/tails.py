@@ -65,6 +65,17 @@ class Histogram:
     def total(self) -> int:
         return sum(self.counts)
 
+    def central(self, share: float) -> tuple[float, float]:
+        """The bins' ends beyond which, on each side, lies at most half of what ``share`` leaves of the values."""
+        left = (1.0 - share) / 2.0 * self.total
+        low, high = 0, len(self.counts)
+        below = above = 0
+        while low < high - 1 and below + self.counts[low] <= left:
+            below, low = below + self.counts[low], low + 1
+        while high > low + 1 and above + self.counts[high - 1] <= left:
+            above, high = above + self.counts[high - 1], high - 1
+        return (self.first + low) * self.width, (self.first + high) * self.width
+
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of both multisets of values; exact, and the same in any order."""
         exponent = max(self.exponent, other.exponent)

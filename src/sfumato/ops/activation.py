@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -77,8 +77,6 @@ FUNCTIONS: dict[str, Known] = {
 _CLAMP_BITS = 550
 #: Ranges beyond this are never fitted whole.
 _WIDEST = 40.0
-#: Values beyond the usual ones are so rare that so many times the error does not show.
-_RARE = 8.0
 #: A fit that misses its tolerance by more is refused.
 _ACCEPTED = 20.0
 _FRAC = 18
@@ -132,12 +130,14 @@ def plan_smooth(
     frac: int = _FRAC,
     usual: tuple[float, float] | None = None,
     ring_bits: int = 64,
+    rare: float = 8.0,
+    deviations: float = 4.0,
 ) -> SmoothPlan:
     """Fit the function ``name`` of :data:`FUNCTIONS` on [lo, hi]; clamp where that is wider than its tails.
 
     ``method`` forces ``series`` or ``clamped``; clamped plans hold for |x| up to max(|lo|, |hi|). ``frac``: fraction
-    bits of the argument, ``ring_bits``: its ring. ``usual``: where nearly all values lie; beyond it eight times the
-    tolerance will do.
+    bits of the argument, ``ring_bits``: those that are known of its words. ``usual``: where nearly all values lie;
+    beyond it ``rare`` times the tolerance will do. ``deviations``: how many of the noise count as its error.
 
     Raises:
         RangeError: unknown name, empty range, values that leave the ring's headroom, or a clamp without
@@ -150,15 +150,16 @@ def plan_smooth(
         raise RangeError(f"{name} needs a range, not [{lo}, {hi}]; calibrate on inputs that vary")
     if method == "clamped" and known.tails is None:
         raise RangeError(f"{name} has no straight tails and cannot be clamped; use method 'series'")
+    fit = partial(_fit, tolerance=tolerance, frac=frac, ring_bits=ring_bits, rare=rare, deviations=deviations)
     whole = clamped = None
     if (
         known.tails is not None
         and method != "series"
         and (method or known.core or lo < known.tails[0] or hi > known.tails[1])
     ):
-        clamped = _plan_clamped(name, known, lo, hi, tolerance, frac, usual or (lo, hi), ring_bits)
+        clamped = _plan_clamped(name, known, lo, hi, usual or (lo, hi), fit, frac)
     if clamped is None or (method is None and known.core is None and max(-lo, hi) <= _WIDEST):
-        series = _fit(known.f, lo, hi, tolerance, frac, usual or (lo, hi), ring_bits)
+        series = fit(known.f, lo, hi, usual or (lo, hi))
         whole = SmoothPlan(name, "series", series, frac=frac)
     plan = whole or clamped
     assert plan is not None
@@ -175,20 +176,28 @@ def _fit(
     f: Function,
     lo: float,
     hi: float,
+    usual: tuple[float, float],
+    *,
     tolerance: float,
     frac: int,
-    usual: tuple[float, float],
     ring_bits: int,
+    rare: float,
+    deviations: float,
 ) -> Series:
-    """A series on [lo, hi]; its ``error`` is that of the usual part."""
+    """A series on [lo, hi]; its ``error`` is that of the usual part, which is a quarter of it at least."""
     low, high = max(lo, usual[0]), min(hi, usual[1])
-    if (low <= lo and high >= hi) or high - low < 0.25 * (hi - lo):
-        return fit_series(f, lo, hi, tolerance=tolerance, frac=frac, ring_bits=ring_bits)
+    missing = max(0.0, 0.25 * (hi - lo) - (high - low)) / 2
+    low, high = max(lo, low - missing), min(hi, high + missing)
+    fit = partial(
+        fit_series, f, lo, hi, tolerance=tolerance, frac=frac, ring_bits=ring_bits, deviations=deviations
+    )
+    if low <= lo and high >= hi:
+        return fit()
 
     def weight(x: Tensor) -> Tensor:
-        return torch.where((x >= low) & (x <= high), 1.0, 1.0 / _RARE)
+        return torch.where((x >= low) & (x <= high), 1.0, 1.0 / rare)
 
-    series = fit_series(f, lo, hi, tolerance=tolerance, frac=frac, weight=weight, ring_bits=ring_bits)
+    series = fit(weight=weight)
     x = torch.linspace(low, high, 2001, dtype=torch.float64)
     return replace(series, error=float((series(x) - f(x)).abs().max()))
 
@@ -198,10 +207,9 @@ def _plan_clamped(
     known: Known,
     lo: float,
     hi: float,
-    tolerance: float,
-    frac: int,
     usual: tuple[float, float],
-    ring_bits: int,
+    fit: Callable[[Function, float, float, tuple[float, float]], Series],
+    frac: int,
 ) -> SmoothPlan:
     assert known.tails is not None
     # A side that never reaches its tail is fitted as it is, and never compared.
@@ -212,7 +220,7 @@ def _plan_clamped(
     below, above = lo < low or known.core is not None, hi > high
     # What is clipped comes to lie at the ends.
     often = (low if below else usual[0], high if above else usual[1])
-    series = _fit(known.core or known.f, low, high, tolerance, frac, often, ring_bits)
+    series = fit(known.core or known.f, low, high, often)
     bound = max(abs(lo), abs(hi), abs(low), abs(high))
     return SmoothPlan(name, "clamped", series, below, above, bound, frac)
 

@@ -36,6 +36,8 @@ _LARGEST, _SUM = 8.0, 120.0
 _RIDGES = (1e-7, 2e-5)
 #: Periods that are tried, as multiples of the interval: dense near it for functions that end as they begin.
 _STRETCHES = (1.0, 1.2, 1.5, 2.0, 2.8)
+#: Where no more multipliers than these give periods as long as the interval, each is tried.
+_FEW = 8
 #: The share of a tolerance that the fit itself may take; rounding takes the rest at this many deviations.
 _FIT_SHARE, _DEVIATIONS = 0.6, 4.0
 #: Fraction bits of the linear coefficient that are tried: 1 keeps the half of SiLU and its kin.
@@ -43,9 +45,9 @@ _LINEAR_FRACS = (1, 8)
 _LEAST_WORD, _MOST_WORD = 24, 63
 
 
-def series_noise(series: Series) -> float:
+def series_noise(series: Series, deviations: float = _DEVIATIONS) -> float:
     """What rounding adds to an evaluation's error: four standard deviations (6e-5 of the values lie beyond)."""
-    return _DEVIATIONS * series.noise
+    return deviations * series.noise
 
 
 def series_bits(series: Series, frac: int, out_frac: int | None = None, ring_bits: int = 64) -> int:
@@ -67,20 +69,21 @@ def fit_series(
     frac: int = 18,
     ring_bits: int = 64,
     linear: bool = True,
+    deviations: float = _DEVIATIONS,
 ) -> Series:
     """The cheapest series for f on [lo, hi] whose error, rounding included, is at most ``tolerance``.
 
-    ``weight`` multiplies the error before it is compared (1/|f| gives relative error). ``frac``: fraction bits of the
-    argument, at most; ``ring_bits``: those that are known of its words, all of its ring's or what a product tells that
-    is not closed; ``linear=False``: sines alone, for any scale. When nothing meets the
-    tolerance the most accurate fit is returned; its ``error`` says what it reaches.
+    Rounding counts with ``deviations`` of its noise. ``weight`` multiplies the error before it is compared (1/|f| gives
+    relative error). ``frac``: fraction bits of the argument, at most; ``ring_bits``: those that are known of its words,
+    all of its ring's or what a product tells that is not closed; ``linear=False``: sines alone, for any scale. When
+    nothing meets the tolerance the most accurate fit is returned; its ``error`` says what it reaches.
 
     Raises:
         RangeError: the interval is empty, or f is not finite on it or too large for a word.
     """
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise RangeError(f"there is nothing to fit on [{lo}, {hi}]; calibrate on inputs that vary")
-    problem = _Problem(f, lo, hi, weight, max_harmonics, frac, ring_bits, linear)
+    problem = _Problem(f, lo, hi, weight, max_harmonics, frac, ring_bits, linear, deviations)
     low, size = 0, 4
     found = problem.cheapest(size, tolerance)
     while found is None and size < max_harmonics:
@@ -124,7 +127,9 @@ class _Problem:
         frac: int,
         ring_bits: int,
         linear: bool,
+        deviations: float,
     ) -> None:
+        self.deviations = deviations
         middle = (lo + hi) / 2
         step = 2.0**-_CENTRE_FRAC
         # A centre that is a short fixed-point number; symmetric intervals keep 0 exactly.
@@ -152,8 +157,7 @@ class _Problem:
     def cheapest(self, harmonics: int, tolerance: float) -> Series | None:
         """The cheapest series of this size within the tolerance, over periods and linear parts, if there is one."""
         found: list[Series] = []
-        for stretch in _STRETCHES:
-            period_log2, multiplier = _period(self.span * stretch, self.frac, self.ring_bits)
+        for period_log2, multiplier in self._periods():
             for linear_frac, ridge in product(self.linear_fracs, _RIDGES):
                 candidate = self._solve(
                     period_log2, multiplier, harmonics, linear_frac, ridge, _FIT_SHARE * tolerance
@@ -167,6 +171,18 @@ class _Problem:
         return (
             min(found, key=lambda g: series_bits(g, self.frac, ring_bits=self.ring_bits)) if found else None
         )
+
+    def _periods(self) -> list[tuple[int, int]]:
+        """(period_log2, multiplier) of the periods that are tried; all there are where these are few."""
+        found = dict.fromkeys(
+            _period(self.span * stretch, self.frac, self.ring_bits) for stretch in _STRETCHES
+        )
+        period_log2, most = next(iter(found))
+        if most > _FEW:
+            return list(found)
+        return [
+            (period_log2, m) for m in range(most, 0, -1) if 2.0**period_log2 / m <= _STRETCHES[-1] * self.span
+        ]
 
     def best(self, tolerance: float) -> Series | None:
         """The most accurate of all fits that were tried, in the widest words that hold it."""
@@ -249,7 +265,7 @@ class _Problem:
             if word > self._longest(candidate.series, scale):
                 continue
             last = replace(candidate.series, dealt=dealt, public=public, word=word)
-            if candidate.miss + series_noise(last) * heaviest <= tolerance:
+            if candidate.miss + series_noise(last, self.deviations) * heaviest <= tolerance:
                 return last
         return last if force else None
 

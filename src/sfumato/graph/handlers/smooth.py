@@ -45,12 +45,14 @@ def choose_smooth(
     lo, hi = range_of(node, stats, options)
     if name in ("log", "sqrt") and lo <= 0:  # a margin must not cross zero
         lo = log_range_of(stats, options, "in", name)[0]
-    allowed = smooth_tolerance(stats, options)
+    allowed, short = smooth_tolerance(stats, options), is_short(options)
 
     def make() -> dict[str, Any]:
+        # In Z32 the budget is taken at its word, an L2 error: noise counts twice its deviation where a ripple counts
+        # twice its size, and one value in a hundred may err 16 times as much.
         plan = activation.plan_smooth(
-            name, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in"),
-            ring_bits=known or (32 if is_short(options) else 64),
+            name, lo, hi, tolerance=allowed, frac=options.frac, usual=usual(stats, "in", often=short),
+            ring_bits=known or (32 if short else 64), rare=16.0 if short else 8.0, deviations=2.0 if short else 4.0,
         )  # fmt: skip
         series, ends = plan.series, torch.linspace(plan.series.lo, plan.series.hi, 257)
         largest = float(series(ends).abs().max())
