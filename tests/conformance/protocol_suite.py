@@ -179,6 +179,13 @@ async def _bilinear_truncate_plus(r: Run) -> Shared:
     return await r.p.bilinear_truncate(r.s, torch.mul, r.x[0], r.x[1], dropped(r.ring), plus=r.x[2])
 
 
+async def _two_products(r: Run) -> Shared:
+    a, b, c, d = r.x
+    return await r.p.bilinear_truncate(
+        r.s, kernels.matmul, a, b, dropped(r.ring), more=((torch.mul, c, d), (torch.mul, d, c))
+    )
+
+
 async def _matmul_truncate(r: Run) -> Shared:
     return await r.p.bilinear_truncate(r.s, kernels.matmul, r.x[0], r.x[1], dropped(r.ring))
 
@@ -500,6 +507,12 @@ CASES: tuple[Case, ...] = (
         "matmul_truncate", _matmul_truncate, lambda w, r: (w[0] @ w[1], dropped(r), 0),
         "bilinear_truncate", _kf,
         bits=(13, 13), shapes=_fixed((3, 4), (4, 7)), any_shape=False, unfused="bilinear_truncate, not fused",
+    ),
+    Case(
+        "bilinear_truncate, two more products", _two_products,
+        lambda w, r: (w[0] @ w[1] + 2 * w[2] * w[3], dropped(r), 0), "bilinear_truncate", _kf,
+        bits=(12, 12, 13, 13), shapes=_fixed((3, 4), (4, 7), (3, 7), (1, 7)), any_shape=False,
+        protocols=("rep3", "plain"),
     ),
     Case(
         "linear_truncate", _linear_truncate,

@@ -192,6 +192,10 @@ def _activated_linear(x: Tensor, w: Tensor, bias: Tensor | None, *, function: st
     return FUNCTIONS[function].f(F.linear(x, w if turned else w.T, bias))
 
 
+def _linear_plus(x: Tensor, w: Tensor, bias: Tensor | None, n: Tensor, gamma: Tensor) -> Tensor:
+    return F.linear(x, w, bias) + n * gamma
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     "aten.getitem.int": _getitem,
     "sfumato.activated_linear": _activated_linear,
@@ -201,6 +205,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "sfumato.positions_one_hot": _positions_one_hot,
     "sfumato.row_numbers": _row_numbers,
     "sfumato.row_positions": _row_positions,
+    "sfumato.linear_plus": _linear_plus,
     "sfumato.look_up": _look_up,
     "sfumato.quick_gelu": _quick_gelu,
     "sfumato.quad": _quad,

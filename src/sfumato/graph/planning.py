@@ -13,6 +13,7 @@ from sfumato.graph.activated import join_activations
 from sfumato.graph.calibrate import Calibration, calibrate
 from sfumato.graph.edges import NO_EDGES, Edges
 from sfumato.graph.expand import expand_attention
+from sfumato.graph.fold import fold_norms
 from sfumato.graph.formats import Format, Formats, options_at
 from sfumato.graph.fuse import fuse
 from sfumato.graph.handlers import HANDLERS, Options
@@ -96,6 +97,9 @@ def make_plan(
     )  # fmt: skip
     if scheme is not None and scheme.expand:
         placed = expand_attention(placed)
+    if scheme is not None and not scheme.fixed:
+        known = _names_of(calibration)
+        placed = fold_norms(placed, known)
     refuse(program.title, problems_of(placed))
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
@@ -210,6 +214,13 @@ def _with_risk(options: Options, measured: Calibration, guessed: bool, notes: li
         f"{risk * calls:.1g} at most, where margins are not capped"
     )
     return replace(options, risk=risk)
+
+
+def _names_of(given: Calibration | Sequence[Any] | Mapping[str, Any] | None) -> frozenset[str] | None:
+    """The calls that a calibration knows, if one was measured before."""
+    if isinstance(given, Mapping):
+        given = Calibration.from_json(given)
+    return frozenset(given.stats) if isinstance(given, Calibration) else None
 
 
 def _calibration(

@@ -52,7 +52,7 @@ _LINEAR = frozenset(
         "mv.default", "einsum.default", "mul.Tensor", "div.Tensor", "true_divide.Tensor", "addcmul.default",
         "square.default", "lerp.Tensor", "pow.Tensor_Scalar",
     )
-) | {"sfumato.look_up"}  # fmt: skip
+) | {"sfumato.look_up", "sfumato.linear_plus"}  # fmt: skip
 _SMOOTH = {
     "aten.silu.default": "silu", "aten.silu_.default": "silu",
     "aten.mish.default": "mish", "aten.mish_.default": "mish",

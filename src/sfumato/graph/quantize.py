@@ -21,6 +21,7 @@ from sfumato.graph.calibrate import Calibration
 from sfumato.graph.edges import NO_EDGES, Edges, stricter
 from sfumato.graph.formats import WHOLE, Format
 from sfumato.graph.handlers import HANDLERS, Options
+from sfumato.graph.handlers.linear import LINEAR_PLUS
 from sfumato.graph.handlers.nonlinear_ranges import argument, budget, short_up
 from sfumato.graph.look_up import LOOK_UP, is_index
 from sfumato.graph.places import Place, Placed
@@ -53,7 +54,8 @@ class Scheme:
 
 
 _PRODUCTS = {
-    "aten.linear.default": (0, 1, 2), "aten.addmm.default": (1, 2, 0), "aten.matmul.default": (0, 1),
+    "aten.linear.default": (0, 1, 2), "aten.addmm.default": (1, 2, 0), LINEAR_PLUS: (0, 1, 2),
+    "aten.matmul.default": (0, 1),
     "aten.mm.default": (0, 1), "aten.bmm.default": (0, 1), "aten.conv1d.default": (0, 1, 2),
     "aten.conv2d.default": (0, 1, 2),
 }  # fmt: skip
@@ -273,6 +275,8 @@ class _Quantizer:
         for ref, frac in zip((x, w), fracs, strict=True):
             if ref.name in wants:
                 wants[ref.name] = Format("Z32", frac)
+        if node.target == LINEAR_PLUS:  # both products at one scale
+            wants[node.args[4].name] = Format("Z32", fracs[1])
         bound = short_up(max(highest, 2.0**-6) * _SUM_SLACK)
         public = next((f for ref, f in zip((x, w), fracs, strict=True) if ref.name not in wants), None)
         drop = sum(fracs) - self.frac

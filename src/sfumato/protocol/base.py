@@ -21,10 +21,12 @@ from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Z32, Z64, Ring, Secret, Shared, SharedIndex, TruncationError
 
-__all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Unclosed", "Window"]
+__all__ = ["Bilinear", "Exponential", "Linear", "Protocol", "Series", "Term", "Unclosed", "Window"]
 
 Linear = Callable[..., Tensor]
 Bilinear = Callable[[Tensor, Tensor], Tensor]
+#: A product to be added to another one: f, x, y.
+Term = tuple[Bilinear, Shared, Shared]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +180,15 @@ class Protocol(ABC):
         bits: int,
         *,
         plus: Shared | None = None,
+        more: Sequence[Term] = (),
         ring: Ring | None = None,
     ) -> Shared:
         """(f(x, y) + plus) >> bits, in ``ring`` (default: x's); ``plus`` has the product's scale. f may end in a public
-        linear map.
+        linear map. ``more``: products (g, u, v) of the same shape and scale, which are added for nothing.
         """
         z = await self.bilinear(s.fork("mul"), f, x, y)
+        for i, (g, u, v) in enumerate(more):
+            z = self.add(z, await self.bilinear(s.fork(f"mul{i}"), g, u, v))
         if plus is not None:
             z = self.add(z, plus.viewed(z.frac))
         return await self.truncate(s.fork("trunc"), z, bits, ring=ring)

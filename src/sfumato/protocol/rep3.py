@@ -20,6 +20,7 @@ from sfumato.protocol.base import (
     Linear,
     Protocol,
     Series,
+    Term,
     Unclosed,
     Window,
     plane_bytes,
@@ -149,18 +150,20 @@ class Rep3(Protocol):
         bits: int,
         *,
         plus: Shared | None = None,
+        more: Sequence[Term] = (),
         ring: Ring | None = None,
     ) -> Shared:
         """Cost: 3 rounds, 3k + f + 2 bits, five local products in all; into a ring of k' bits k + 2k' + (k' - k) + f +
-        2. Leaks: nothing.
+        2, and ``more`` adds local work alone. Leaks: nothing.
 
         Error: floor or ceiling, |e| < 1 ulp, mean 0. Range: |f(x, y) + plus| < 2^(k-2) in words. Source:
         [GeoTrunc25], [AFL16]; docs/security/rep3.md, "bilinear_truncate".
         """
         if not self.fused:
-            return await super().bilinear_truncate(s, f, x, y, bits, plus=plus, ring=ring)
-        source = self._same_ring(x, y) if plus is None else self._same_ring(x, y, plus)
-        u = await open_product(s, f, x, y, plus)
+            return await super().bilinear_truncate(s, f, x, y, bits, plus=plus, more=more, ring=ring)
+        operands = [x, y, *(z for _, u, v in more for z in (u, v))]
+        source = self._same_ring(*operands, *([] if plus is None else [plus]))
+        u = await open_product(s, f, x, y, plus, more)
         return await close(s, u, bits, source, x.frac + y.frac - bits, ring)
 
     async def linear_truncate(

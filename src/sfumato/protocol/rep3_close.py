@@ -6,13 +6,14 @@ Role 2 deals: it knows two random bits and never sees what they mask. See docs/s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import TypeMismatch
-from sfumato.protocol.base import Bilinear, Linear
+from sfumato.protocol.base import Bilinear, Linear, Term
 from sfumato.ring.closing import judge, rounded_down, rounded_up
 from sfumato.session.session import Receive, Send, Session
 from sfumato.types import B8, Ring, Secret, Shared
@@ -84,22 +85,19 @@ class Additive:
         return Additive(words, self.shape)
 
 
-async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shared | None) -> Additive:
-    """f(x, y) (+ plus) as an additive sharing of roles 0 and 1. Cost: 1 round, k bits. Five products in all.
+async def open_product(
+    s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shared | None, more: Sequence[Term] = ()
+) -> Additive:
+    """f(x, y) (+ plus) as an additive sharing of roles 0 and 1. Cost: 1 round, k bits. Five products in all. ``more``
+    products of its shape are added to it before anything is sent.
 
     Role 2 sends its summand under a stream it has with role 0, which role 0 adds back: role 1 sees a uniform
     word.
     """
     ring, role = x.ring, s.role
-    (a, b), (c, d) = x.parts, y.parts
-    if s.device == "meta":
-        z = f(a, c)
-    elif role == 0:
-        z = f(a + b, c + d)
-    elif role == 1:
-        z = f(a, d) + f(b, c + d)
-    else:
-        z = f(a, d) + f(b, c)
+    z = _summand(s, f, x, y)
+    for g, u, v in more:
+        z = z + _summand(s, g, u, v)
     z = z.to(ring.dtype)
     shape = tuple(z.shape)
     bits = ring.bits
@@ -111,6 +109,16 @@ async def open_product(s: Session, f: Bilinear, x: Shared, y: Shared, plus: Shar
         return _added(s, Additive(s.local(shape, ring.dtype, lambda: z + mask), shape), plus)
     await s.exchange([Send(s.at(1), "z2", s.local(shape, ring.dtype, lambda: z - mask), bits)])
     return Additive(None, shape)
+
+
+def _summand(s: Session, f: Bilinear, x: Shared, y: Shared) -> Tensor:
+    """This role's part of the nine products of components."""
+    (a, b), (c, d) = x.parts, y.parts
+    if s.device == "meta":
+        return f(a, c)
+    if s.role == 0:
+        return f(a + b, c + d)
+    return f(a, d) + (f(b, c + d) if s.role == 1 else f(b, c))
 
 
 def _added(s: Session, u: Additive, plus: Shared | None) -> Additive:

@@ -14,13 +14,17 @@ from sfumato.graph.handlers.kinds import Context, Handler, Measure, Options, Sta
 from sfumato.graph.handlers.nonlinear_ranges import Measured, budget, short_up
 from sfumato.graph.program import Node
 from sfumato.ops import basic
+from sfumato.ops.sums import linear_plus
 from sfumato.protocol.base import Bilinear, Protocol
 from sfumato.ring import kernels
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Session
 from sfumato.types import Shared
 
-__all__ = ["HANDLERS_LINEAR", "product"]
+__all__ = ["HANDLERS_LINEAR", "LINEAR_PLUS", "product"]
+
+#: x W^T + bias + n * gamma: arguments x, W, bias or None, n, gamma; see :mod:`sfumato.graph.fold`.
+LINEAR_PLUS = "sfumato.linear_plus"
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -204,6 +208,11 @@ async def _linear(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwar
     turned = ctx.protocol.linear(lambda part: part.transpose(-1, -2), w)
     z = await basic.matmul(ctx.protocol, s, x, turned)
     return z if bias is None else basic.add(ctx.protocol, s, z, bias)
+
+
+async def _linear_plus(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
+    """x W^T + bias + n * gamma, all secret: a layer, and the gain of the norm that is added to it."""
+    return await linear_plus(ctx.protocol, s, *args, scales=_scales(ctx, node))
 
 
 async def _einsum(ctx: Context, s: Session, node: Node, args: Args, kwargs: Kwargs) -> Shared:
@@ -430,6 +439,7 @@ _WEIGHTED = frozenset(f"aten.{name}.default" for name in ("linear", "conv1d", "c
 
 HANDLERS_LINEAR: dict[str, Handler] = {
     "aten.linear.default": Handler(_linear, _operand_sizes(0), _choose_words),
+    LINEAR_PLUS: Handler(_linear_plus, _operand_sizes(0)),
     "aten.addmm.default": _ADDMM,
     "aten.baddbmm.default": _ADDMM,
     "aten.matmul.default": _MATMUL,
