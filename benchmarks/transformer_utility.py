@@ -3,10 +3,11 @@
     python benchmarks/transformer_utility.py --data TEXTS MODELS/sst2-0=puma MODELS/sst2-0=fast:mixed \
         STUDENTS/sst2-ditto-0=ditto STUDENTS/sst2-ditto-0=fast:mixed
 
-FOLDER=PROFILE[:RING]: a teacher or a student of ``python -m sfumato.zoo.train.text``. Weights and sentences are
-secret; sentences are padded to 48 pieces under a secret mask, 16 in a batch; ranges come from sentences of the training
-set. Accuracy is by the plan's arithmetic in the clear (``plain``), whose agreement with the protocol the tests hold;
-bytes and rounds are exact, of the parties, for a batch. Pages: results/transformer-utility.json and .md.
+FOLDER=PROFILE[:RING]: a teacher or a student of ``python -m sfumato.zoo.train.text``. Sentences and weights are
+secret, but for the weights that a student with frozen layers or LoRA shares with its public base; sentences are padded
+to 48 pieces under a secret mask, 16 in a batch; ranges come from sentences of the training set. Accuracy is by the
+plan's arithmetic in the clear (``plain``), whose agreement with the protocol the tests hold; bytes and rounds are
+exact, of the parties, for a batch. Pages: results/transformer-utility.json and .md.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tqdm import tqdm
 import sfumato as sf
 from sfumato.api import Deployment
 from sfumato.runtime.remote import open_backend
+from sfumato.study.profiles import public_weights
 from sfumato.zoo.train.text.corpora import sentences
-from sfumato.zoo.train.text.replace import load_student
+from sfumato.zoo.train.text.replace import Replaced, load_student
 from sfumato.zoo.train.text.score import interval
 
 RECORD, PAGE = common.RESULTS / "transformer-utility.json", common.RESULTS / "transformer-utility.md"
@@ -38,6 +40,16 @@ def encoded(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
+def changes(replaced: Replaced) -> str:
+    """What is different in a student, in words."""
+    more = [
+        f"{replaced.frozen} layers frozen" * bool(replaced.frozen),
+        f"LoRA, rank {replaced.rank}" * bool(replaced.rank),
+        f"heads merged by {replaced.merged}" * (replaced.merged > 1),
+    ]
+    return ", ".join([replaced.activation, replaced.softmax, *filter(None, more)])
+
+
 def examined(folder: Path, profile: str, ring: str, data: Path, examples: int) -> dict[str, Any]:
     """One row."""
     model, tokenizer, replaced = load_student(folder)
@@ -45,9 +57,11 @@ def examined(folder: Path, profile: str, ring: str, data: Path, examples: int) -
     test, train = (sentences(data, task, train=known) for known in (False, True))
     batches = [encoded(tokenizer, test.texts[i : i + BATCH]) for i in range(0, examples - BATCH + 1, BATCH)]
     picked = np.random.default_rng(0).permutation(len(train.texts))[: BATCH * CALIBRATION].reshape(-1, BATCH)
+    program = sf.capture(model, (), batches[0])
     plan = sf.make_plan(
-        sf.capture(model, (), batches[0]), secret="inputs+weights", profile=profile, ring=ring,
+        program, secret="inputs+weights", profile=profile, ring=ring,
         calibration=[((), encoded(tokenizer, [train.texts[i] for i in row])) for row in picked],
+        public_weights=public_weights(program, model, model, replaced),
     )  # fmt: skip
     found, exact, errors = [], [], []
     # A published polynomial may overflow where a comparison takes it out: the parties' words wrap there, too.
@@ -64,7 +78,7 @@ def examined(folder: Path, profile: str, ring: str, data: Path, examples: int) -
     kept = (torch.cat(exact).numpy() == labels).astype(float)
     cost = sf.estimate(plan)
     return {
-        "model": folder.name, "replaced": f"{replaced.activation}, {replaced.softmax}", "profile": profile,
+        "model": folder.name, "replaced": changes(replaced), "profile": profile,
         "ring": "mixed" if plan.options.mixed else plan.options.ring, "examples": len(labels),
         "accuracy": 100 * right.mean(), "float": 100 * kept.mean(),
         "change": [100 * x for x in interval(right - kept)],
@@ -79,8 +93,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Trained classifiers under profiles", "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "), "",
         common.machine_line(common.machine()), "",
-        "| model | activation, softmax | profile | rings | sentences | accuracy | in float | change, 95 % | same class "
-        "| relative error of logits | MB a sentence | rounds a batch |",
+        "| model | activation, softmax, changes | profile | rings | sentences | accuracy | in float | change, 95 % "
+        "| same class | relative error of logits | MB a sentence | rounds a batch |",
         "|" + "---|" * 12,
     ]  # fmt: skip
     for row in rows:

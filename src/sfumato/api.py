@@ -19,6 +19,7 @@ from sfumato.graph.plan import ClientValues, Plan, client_side
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.cluster import Cluster
 from sfumato.runtime.names import shared_name
+from sfumato.runtime.offered import caller_of
 from sfumato.runtime.remote import open_backend
 from sfumato.runtime.report import CostReport
 from sfumato.runtime.sharing import ModelToShare, share_model
@@ -211,9 +212,7 @@ def _shared(backend: Backend, model: str) -> Deployment:
     description = backend.describe(model)
     digest = next((offer["parts"][_PLAN] for offer in description.offers if _PLAN in offer["parts"]), None)
     if digest is None:
-        raise JobError(
-            f"cluster:{model} is a pipeline; use SecurePipeline.from_pretrained('cluster:{model}')"
-        )
+        raise JobError(f"cluster:{model} has several parts; use {caller_of(description)}")
     plan = description.plans[digest]
     return Deployment(plan, backend, lambda name: backend.load_shared(name, description, digest))
 

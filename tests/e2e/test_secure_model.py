@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,57 +10,27 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_transformers import SIZES, SPECIAL, made, tokenizer
+
 from sfumato.errors import JobError
+from sfumato.graph.edges import argument_type
+from sfumato.graph.formats import Format
 from sfumato.graph.plan import Plan
+from sfumato.inference.handed import check_steps
+from sfumato.inference.layout import Layout
 from sfumato.inference.model import SecureModel
 from sfumato.inference.texts import TEXTS
 from sfumato.ops.softmax import plan_softmax
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-WORDS = sorted({word for text in TEXTS for word in text.lower().split()})[:70]
-VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<mask>", *WORDS])}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(VOCABULARY)}
-IMAGE = {"image_size": 16, "patch_size": 8}
 TEXT, PROMPT = "the meeting has been moved", "a letter and the"
 CALIBRATION = [text.lower() for text in TEXTS[:3]]
 Save = Callable[[str], str]
-
-
-def tokenizer() -> Any:
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return T.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        mask_token="<mask>",
-    )  # fmt: skip
-
-
-def made(name: str) -> Any:
-    """A model with weights large enough that logits differ."""
-    torch.manual_seed(3)
-    sizes, wide = {**SIZES, **SPECIAL}, {"initializer_range": 0.2}
-    gpt = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **SPECIAL, **wide}
-    distil = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, **SPECIAL, **wide}
-    llama = {**sizes, **wide, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    t5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64, **SPECIAL}
-    makers: dict[str, Callable[[], Any]] = {
-        "bert": lambda: T.BertForSequenceClassification(T.BertConfig(**sizes, **wide, num_labels=3)),
-        "bert-mlm": lambda: T.BertForMaskedLM(T.BertConfig(**sizes, **wide)),
-        "distilbert": lambda: T.DistilBertForSequenceClassification(T.DistilBertConfig(**distil)),
-        "roberta": lambda: T.RobertaForSequenceClassification(T.RobertaConfig(**sizes, **wide)),
-        "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**gpt)),
-        "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**llama)),
-        "t5": lambda: T.T5EncoderModel(T.T5Config(**t5)),
-        "clip-text": lambda: T.CLIPTextModel(T.CLIPTextConfig(**sizes)),
-        "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**SIZES, **IMAGE, num_labels=4)),
-        "clip-vision": lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**SIZES, **IMAGE)),
-    }
-    return makers[name]().eval()
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +280,7 @@ def test_what_cannot_be_loaded(saved: Save, tmp_path: Path) -> None:
         (saved("gpt2"), {"max_length": 100}, "max_length must lie between 1 and the model's 64"),
         (saved("bert"), {"trust_remote_code": True}, "takes no trust_remote_code"),
         (saved("bert"), {"calibration": []}, "calibration must be a list"),
-        ("cluster:notes", {}, "sfumato.deploy"),
+        ("cluster:notes", {}, "cluster:notes is at the parties of a cluster; give its file"),
     ]
     for path, options, words in cases:
         with pytest.raises(JobError, match=words):
@@ -415,6 +386,47 @@ def test_a_public_prefix_runs_at_the_client(saved: Save) -> None:
         opened(saved("bert"), public_weights="bert.nothing.*")(TEXT)
 
 
-def test_a_text_is_not_written_on_where_rings_differ_from_call_to_call(saved: Save) -> None:
-    with pytest.raises(JobError, match="not written on under ditto"):
-        opened(saved("gpt2"), profile="ditto").generate("a", max_new_tokens=1)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("secret", ["inputs", "inputs+weights"])
+def test_fast_text_mixes_rings_and_is_that_of_transformers(saved: Save, name: str, secret: str) -> None:
+    """Caches, logits and rows go from plan to plan in one format, and every weight is shared once."""
+    model = opened(saved(name), profile="fast", secret=secret)
+    for release in ("logits", "tokens", "end"):
+        found = model.generate(PROMPT, max_new_tokens=4, release=release, stop=())
+        assert found.tokens == plainly(model, PROMPT, 4)[:4]
+        estimate = model.estimate_generate(PROMPT, max_new_tokens=4, release=release)
+        assert found.report.bytes_sent == estimate.bytes_sent
+        assert found.report.client_bytes == estimate.client_bytes
+    plans: dict[str, Plan] = model._planner._plans
+    kept = {str(argument_type(p, "kept").ring) for n, p in plans.items() if n.startswith("decode")}
+    assert kept == {"Z32"}
+    shared: dict[str, set[Format]] = {}
+    for plan in plans.values():
+        for weight in plan.secret_weights:
+            shared.setdefault(weight, set()).add(plan.format_of(weight))
+    assert all(len(formats) == 1 for formats in shared.values())
+    precise = opened(saved(name), secret=secret)
+    wide = precise.estimate_generate(PROMPT, max_new_tokens=4, release="end")
+    assert estimate.total_bytes < 0.9 * wide.total_bytes
+    if secret == "inputs+weights":
+        assert estimate.setup_bytes < 0.6 * wide.setup_bytes
+
+
+def test_a_text_written_on_under_ditto_is_one_text_whatever_is_opened(saved: Save) -> None:
+    model = opened(saved("llama"), profile="ditto")
+    found = [
+        model.generate(PROMPT, max_new_tokens=3, release=release, stop=()).tokens
+        for release in ("logits", "end")
+    ]
+    assert found[0] == found[1]
+    assert found[0] == plainly(model, PROMPT, 3)[:3]
+
+
+def test_plans_that_do_not_fit_each_other_are_refused(saved: Save) -> None:
+    """Before a party gets one of them."""
+    mixed, wide = (opened(saved("gpt2"), profile=profile) for profile in ("fast", "precise"))
+    layout = Layout(4, 8, 16, 0, True)
+    with pytest.raises(JobError, match=r"the result 1 of Prefill is Z32.*takes Z64.*as kept; ask both plans"):
+        check_steps(
+            mixed._planner.prefill(layout)[1], wide._planner.decode(layout, hot=False)[1], None, hot=False
+        )

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +19,15 @@ from sfumato.diffusion.adapters import merged
 from sfumato.diffusion.request import Request, image_size
 from sfumato.diffusion.settings import SCHEDULERS, WEIGHED, Settings
 from sfumato.errors import JobError
-from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
+from sfumato.runtime.offered import files_in, in_clear
 from sfumato.runtime.sharing import ModelToShare
 
 if TYPE_CHECKING:
     from sfumato.diffusion.pipeline import SecurePipeline
 
 __all__ = [
-    "OPENED", "Terms", "asked", "configuration", "configuration_file", "lessons", "offered", "stored_bytes",
+    "OPENED", "Terms", "asked", "configuration", "configuration_file", "lessons", "offered",
 ]  # fmt: skip
 
 #: What the client may see opened.
@@ -166,11 +165,7 @@ def _files(pipe: Any, hidden: Sequence[str]) -> dict[str, bytes]:
                 _save_scheduler(component, folder / name)
             else:
                 component.save_pretrained(folder / name)
-        return {
-            path.relative_to(folder).as_posix(): _without_origin(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        return files_in(folder)
 
 
 def _save_scheduler(scheduler: Any, folder: Path) -> None:
@@ -183,28 +178,6 @@ def _save_scheduler(scheduler: Any, folder: Path) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _without_origin(path: Path) -> bytes:
-    """A file's bytes; of a configuration, without the folder that the owner keeps the model in."""
-    data = path.read_bytes()
-    if path.suffix != ".json" or b"_name_or_path" not in data:
-        return data
-    known = {k: v for k, v in json.loads(data).items() if not k.endswith("name_or_path")}
-    return json.dumps(known, indent=2, sort_keys=True).encode()
-
-
-def stored_bytes(model: ModelToShare) -> int:
-    """About what the parties will keep together: one component of every secret weight at two of them (seeds stand for
-    the others), and public weights and files at each."""
-    secret, public = dict[tuple[str, str], int](), dict[tuple[str, str], int]()
-    for offer in model.offers:
-        for part, digest in offer["parts"].items():
-            plan = model.plans[digest]
-            types = plan.program.types
-            secret |= {(part, name): math.prod(types[name][0]) for name in plan.secret_weights}
-            public |= {(part, n): math.prod(types[n][0]) * types[n][1].itemsize for n in plan.constants}
-    return 16 * sum(secret.values()) + 3 * (sum(public.values()) + sum(map(len, model.files.values())))
-
-
 # ---- what others learn -------------------------------------------------------------------------------------
 
 
@@ -213,7 +186,7 @@ def lessons(model: ModelToShare) -> list[tuple[str, str]]:
     parts = {part: model.plans[digest] for offer in model.offers for part, digest in offer["parts"].items()}
     secret = any(plan.secret_weights for plan in model.plans.values())
     graphs = ", ".join(f"{part} ({len(plan.secret_nodes)} calls)" for part, plan in parts.items())
-    seen = _some([name for part, plan in parts.items() for name in _in_clear(part, plan)]) or "nothing"
+    seen = _some([name for part, plan in parts.items() for name in in_clear(part, plan)]) or "nothing"
     given = sorted({path.split("/")[0] for path in model.files if path.endswith(".safetensors")})
     got = [f"all of {', '.join(given)}"] if given else []
     if not secret:
@@ -236,15 +209,6 @@ def _opened(parts: Collection[str]) -> str:
     return (
         f"the image, and {latents}" if "vae" in parts else f"{latents}: the client decodes the image itself"
     )
-
-
-def _in_clear(part: str, plan: Plan) -> list[str]:
-    """Names of the model's tensors that are public in a plan."""
-    return [
-        f"{part}: {i.source}"
-        for i in plan.program.inputs
-        if i.kind != "user" and i.shape != () and plan.places[i.name] is Place.PUBLIC
-    ]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

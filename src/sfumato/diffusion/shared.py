@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 import diffusers
@@ -25,7 +25,7 @@ from sfumato.diffusion.settings import WEIGHED, Settings, in_words
 from sfumato.errors import JobError
 from sfumato.graph.plan import Plan
 from sfumato.runtime.backend import Backend
-from sfumato.runtime.remote import open_backend
+from sfumato.runtime.offered import caller_of, fetched, load_part, write_files
 from sfumato.runtime.report import CostReport
 from sfumato.runtime.shared_model import Description
 
@@ -130,21 +130,7 @@ class SharedPlanner(Planner):
 
     def load(self, backend: Backend, name: str, plan: Plan) -> None:
         """Have the parties take a part's weights from their store; on shapes, stand-ins of the same types do."""
-        if backend.device == "meta":
-            backend.load(name, _on_shapes(plan))
-        else:
-            digest = next(digest for digest, known in self.description.plans.items() if known is plan)
-            backend.load_shared(name, self.description, digest)
-
-
-def _on_shapes(plan: Plan) -> Plan:
-    """The plan with zeros for weights, which take no memory."""
-    zeros = {
-        i.name: torch.zeros((), dtype=i.dtype).expand(i.shape)
-        for i in plan.program.inputs
-        if i.kind != "user"
-    }
-    return replace(plan, program=replace(plan.program, weights=zeros))
+        load_part(backend, self.description, name, plan)
 
 
 class SharedPipeline(SecurePipeline):
@@ -230,14 +216,7 @@ def open_shared(
     Raises:
         JobError: no such model for this client, or one that is no pipeline.
     """
-    if decided:
-        raise JobError(f"the owner of cluster:{name} decides on {decided[0]}; leave it out")
-    if cluster is None:
-        raise JobError(
-            f"cluster:{name} is at the parties of a cluster; give its file, cluster='.../cluster.toml'"
-        )
-    with open_backend(cluster=cluster, keys=keys, options=options) as backend:
-        description = backend.describe(name)
+    description = fetched(name, cluster=cluster, keys=keys, options=options, decided=decided)
     return SharedPipeline(description, cluster=cluster, keys=keys, options=options)
 
 
@@ -248,9 +227,7 @@ def _parts(description: Description) -> Mapping[str, str]:
         JobError: this is the model of no pipeline.
     """
     if any("unet" not in offer["parts"] for offer in description.offers) or not description.offers:
-        raise JobError(
-            f"cluster:{description.name} is no pipeline; use sfumato.deploy('cluster:{description.name}')"
-        )
+        raise JobError(f"cluster:{description.name} is no pipeline; use {caller_of(description)}")
     parts: Mapping[str, str] = description.offers[0]["parts"]
     return parts
 
@@ -267,14 +244,7 @@ def pipeline_of(description: Description) -> Any:
     title, parts = f"cluster:{description.name}", _parts(description)
     with tempfile.TemporaryDirectory(prefix="sfumato-") as scratch, without_bars():
         folder = Path(scratch)
-        for name, data in description.files.items():
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in name.split("/") or path.suffix not in _SUFFIXES:
-                raise JobError(
-                    f"the owner of {title} shared a file of a kind that is not taken; ask for another share"
-                )
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
+        write_files(description, folder, _SUFFIXES)
         index = _index(folder, title)
         bare: dict[str, Any] = {
             c: _bare(index[c], folder / c) for c, part in WEIGHED.items() if part in parts

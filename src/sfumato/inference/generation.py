@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import JobError
+from sfumato.graph.plan import Plan
+from sfumato.inference.handed import check_steps
 from sfumato.inference.layout import Layout
 from sfumato.inference.parties import Run
 from sfumato.inference.plans import Planner, gumbel
@@ -100,15 +102,16 @@ class Generation:
         wishes, run, layout = self.wishes, self.run, self.layout
         hot, more = wishes.release == "end", wishes.max_new_tokens > 1
         noise = wishes.temperature if wishes.do_sample else None
-        first, plan = self.planner.prefill(layout)
-        run.load(first, plan)
-        following, choose = "", ""
-        if more:
-            following, plan = self.planner.decode(layout, hot=hot)
-            run.load(following, plan)
-        if wishes.release != "logits":
-            choose, plan = self.planner.choose(layout, hot=hot, temperature=noise)
-            run.load(choose, plan)
+        nothing: tuple[str, Plan | None] = ("", None)
+        first, prompted = self.planner.prefill(layout)
+        following, written = self.planner.decode(layout, hot=hot) if more else nothing
+        choose, chosen = (
+            self.planner.choose(layout, hot=hot, temperature=noise) if wishes.release != "logits" else nothing
+        )
+        check_steps(prompted, written, chosen, hot=hot)
+        for name, plan in ((first, prompted), (following, written), (choose, chosen)):
+            if plan is not None:
+                run.load(name, plan)
         run.start_clock()
         started, closed = time.monotonic(), list[Any]()
         logits, kept = run.call(first, **layout.first(self.ids))

@@ -17,7 +17,7 @@ from sfumato.errors import JobError
 from sfumato.inference.modules import takes
 from sfumato.zoo.train.text.replace import REPLACED, load_student
 
-__all__ = ["TASKS", "Loaded", "load_model"]
+__all__ = ["TASKS", "Loaded", "bare_model", "check_model", "load_model"]
 
 #: Tasks, the class that transformers loads for each, and the ending of the architectures that do it.
 TASKS = {
@@ -144,6 +144,31 @@ def load_model(path_or_id: str | Path, task: str | None = None, **options: Any) 
     if loaded.images:
         return replace(loaded, processor=_optional(transformers.AutoImageProcessor, source, where))
     return replace(loaded, tokenizer=_optional(transformers.AutoTokenizer, source, where))
+
+
+def bare_model(folder: Path, task: str, title: str) -> Loaded:
+    """A model from its configuration alone, without weights, with the tokenizer beside it; code is not run.
+
+    Raises:
+        JobError: it is no model of transformers' own.
+    """
+    where = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(folder, **where)
+            kind = getattr(transformers, (config.architectures or [""])[0], None)
+            if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+                raise JobError(
+                    f"{title} is of a class that transformers does not have; its owner must share it again"
+                )
+            model = kind(config).eval()
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **where)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(
+            f"the files of {title} are no transformers model's ({type(error).__name__}); its owner must share it again"
+        ) from None
+    return Loaded(model, task, _optional(transformers.AutoTokenizer, str(folder), where), name=title)
 
 
 def check_model(model: nn.Module) -> None:

@@ -89,17 +89,23 @@ class SecureModel:
             raise JobError(
                 f"max_length must lie between 1 and the model's {loaded.longest}, not {max_length}"
             )
-        self.loaded, self.secret, self.profile, self.backend = loaded, secret, profile, backend
-        self.max_length = max_length or min(_MAX_LENGTH, loaded.longest)
-        self.padding = padding
-        self._planner = Planner(
+        planner = Planner(
             loaded, secret=secret, profile=profile, calibration=calibration, exact=not padding,
             public_weights=(public_weights,) if isinstance(public_weights, str) else public_weights,
         )  # fmt: skip
+        longest = max_length or min(_MAX_LENGTH, loaded.longest)
         opened = partial(open_backend, backend, cluster=cluster, keys=keys, options={**(options or {})})
-        self._reader = Reader(loaded, self._planner.extra, self.max_length, padding=padding)
-        self._options = dict(options or {})
-        self._parties = Parties(opened)
+        self._start(planner, Reader(loaded, planner.extra, longest, padding=padding), opened, options or {})
+        self.backend = backend
+
+    def _start(
+        self, planner: Planner, reader: Reader, opened: Callable[[], Backend], options: Mapping[str, Any]
+    ) -> None:
+        """With who makes plans, who reads texts, and how parties are reached."""
+        self._planner, self._reader, self._options = planner, reader, dict(options)
+        self.loaded, self.secret, self.profile = reader.loaded, planner.secret, planner.profile
+        self.max_length, self.padding = reader.max_length, reader.padding
+        self._parties = Parties(opened, planner.load)
         weakref.finalize(self, self._parties.close)
         self._progress: dict[str, Any] = {}
         #: The report of the latest call.
@@ -123,7 +129,8 @@ class SecureModel:
         public_weights: str | Sequence[str] = (),
         **loading: Any,
     ) -> Self:
-        """The model behind a folder in the hub's format, or a hub id.
+        """The model behind a folder in the hub's format, a hub id, or ``"cluster:NAME"``, a model that its owner has
+        shared with a cluster: weights, plans and what may be opened are then the owner's.
 
         Args:
             path_or_id: what to load. ``loading`` goes to transformers as it is: ``revision``, ``token``, ``cache_dir``,
@@ -147,10 +154,14 @@ class SecureModel:
         Raises:
             JobError: one sentence on what cannot be loaded or is not served.
         """
-        if shared_name(path_or_id) is not None:
-            raise JobError(
-                f"{path_or_id} is a plan that its owner shared; call it with sfumato.deploy({str(path_or_id)!r})"
-            )
+        name = shared_name(path_or_id)
+        if name is not None:
+            given = {
+                "secret": secret != "inputs", "profile": profile != "precise", "backend": backend != "local",
+                "max_length": max_length is not None, "padding": not padding, "calibration": calibration is not None,
+                "public_weights": bool(public_weights), **dict.fromkeys(loading, True),
+            }  # fmt: skip
+            return _shared(name, task, cluster, keys, options, [n for n in given if given[n]])
         return cls(
             load_model(path_or_id, task, **loading), secret=secret, profile=profile, cluster=cluster, keys=keys,
             backend=backend, max_length=max_length, padding=padding, calibration=calibration, options=options,
@@ -319,7 +330,7 @@ class SecureModel:
         def opened() -> Backend:
             return open_backend("meta", options=self._options)
 
-        parties = Parties(opened)
+        parties = Parties(opened, self._planner.load)
         try:
             yield parties.run()
         finally:
@@ -374,3 +385,12 @@ class SecureModel:
                 yield tokens, text[: min(found)] if found else text
                 if token in numbers or found:
                     return
+
+
+def _shared(
+    name: str, task: str | None, cluster: Any, keys: Any, options: Any, decided: Sequence[str]
+) -> Any:
+    """A shared model, whose class builds on this file's."""
+    from sfumato.inference.shared import open_shared
+
+    return open_shared(name, task=task, cluster=cluster, keys=keys, options=options, decided=decided)

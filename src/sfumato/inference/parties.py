@@ -14,7 +14,11 @@ from sfumato.graph.plan import Plan, client_side
 from sfumato.runtime.backend import Backend
 from sfumato.runtime.report import CostReport
 
-__all__ = ["Held", "Parties", "Run"]
+__all__ = ["Held", "Loader", "Parties", "Run"]
+
+
+#: ``load(backend, name, plan)``: the parties have the plan and its weights under this name.
+Loader = Callable[[Backend, str, Plan], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,8 @@ class Held:
 class Run:
     """Calls of plans on one open session, and what they cost. Close it: what the parties hold of it is then gone."""
 
-    def __init__(self, backend: Backend, loaded: dict[str, Plan], number: int) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, loaded: dict[str, Plan], number: int, load: Loader) -> None:
+        self.backend, self._load = backend, load
         self._loaded, self._number, self._calls = loaded, number, 0
         self._held = dict[str, None]()
         self._before: CostReport | None = None
@@ -40,7 +44,7 @@ class Run:
         if self._before is None:
             self._before = self.backend.report()
         if self._loaded.get(name) is not plan:
-            self.backend.load(name, plan)
+            self._load(self.backend, name, plan)
             self._loaded[name] = plan
 
     def start_clock(self) -> None:
@@ -109,10 +113,10 @@ class Run:
 
 
 class Parties:
-    """Opens a session at the first run, and another one after a run that failed."""
+    """Opens a session at the first run, and another one after a run that failed. ``load`` gives it a plan."""
 
-    def __init__(self, open: Callable[[], Backend]) -> None:
-        self._open = open
+    def __init__(self, open: Callable[[], Backend], load: Loader) -> None:
+        self._open, self._load = open, load
         self._backend: Backend | None = None
         self._loaded: dict[str, Plan] = {}
         self._runs = 0
@@ -126,7 +130,7 @@ class Parties:
         if self._backend is None:
             self._backend, self._loaded = self._open(), {}
         self._runs += 1
-        return Run(self._backend, self._loaded, self._runs)
+        return Run(self._backend, self._loaded, self._runs, self._load)
 
     def close(self) -> None:
         """End the session, and local parties with it; may be called twice."""

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from sfumato.errors import JobError
 from sfumato.graph.capture import capture
+from sfumato.graph.edges import NO_EDGES, Edges
 from sfumato.graph.kept import load_cached, place, release, save_cached, weights_digest
 from sfumato.graph.plan import Plan
 from sfumato.graph.planning import make_plan
 from sfumato.graph.quantize import SCHEMES
+from sfumato.inference.handed import Handed, agree_on_values, agree_on_weights
 from sfumato.inference.layout import Layout
 from sfumato.inference.loading import Loaded
 from sfumato.inference.modules import Choose, Decode, OneCall, Prefill, has_rotary, takes
 from sfumato.inference.texts import TEXTS, padded, rows_of, streams
+from sfumato.runtime.backend import Backend
 
 __all__ = ["Planner", "gumbel"]
 
@@ -51,12 +54,18 @@ class Planner:
     ) -> None:
         if isinstance(calibration, str | Mapping) or (calibration is not None and not len(calibration)):
             raise JobError("calibration must be a list of texts or of pixel tensors, at least one of them")
-        self._loaded, self._secret, self._profile, self._exact = loaded, secret, profile, exact
+        self._loaded, self.secret, self.profile, self._exact = loaded, secret, profile, exact
         self._public = tuple(f"model.{pattern}" for pattern in public_weights)
         self._given = calibration
         self._plans: dict[str, Plan] = {}
+        self._handed: dict[tuple[int, int], Handed] = {}
+        self._mixed = profile == "fast" or (profile in SCHEMES and SCHEMES[profile].fixed)
         self._digest = ""
         self.learnt = not has_rotary(loaded.model) and takes(loaded.model, "position_ids")
+
+    def load(self, backend: Backend, name: str, plan: Plan) -> None:
+        """Give the parties a plan and its weights."""
+        backend.load(name, plan)
 
     # ---- one call -------------------------------------------------------------------------------------------
 
@@ -75,15 +84,10 @@ class Planner:
             blank["attention_mask"] += 1
         texts = "input_ids" in inputs
         samples = self._batches if texts else self._pictures
-        return name, self._made(
-            name,
-            {"inputs": shapes},
-            module,
-            {"inputs": blank},
-            lambda: samples(inputs),
-            public=(),
-            alone=True,
-        )
+        if name not in self._plans:
+            make = self._maker(name, {"inputs": shapes}, module, {"inputs": blank}, lambda: samples(inputs))
+            self._keep({name: make}, {name: NO_EDGES})
+        return name, self._plans[name]
 
     def _batches(self, inputs: Mapping[str, Tensor]) -> Iterator[Any]:
         """Batches like ``inputs`` of the calibration's texts."""
@@ -120,37 +124,25 @@ class Planner:
 
     def prefill(self, layout: Layout) -> tuple[str, Plan]:
         """Of a prompt of this layout."""
-        name = f"prefill-{layout.prompt}-{layout.length}"
-        module = Prefill(self._loaded.model, layout.length).eval()
-        facts = {"prompt": layout.prompt, "length": layout.length}
-        return name, self._made(
-            name, facts, module, layout.first([0] * layout.count),
-            lambda: ([((), first)] for first, _, _ in self._runs(layout, steps=0)), public=("mask", "places"),
-        )  # fmt: skip
+        name = _named("prefill", layout)
+        if name not in self._plans:
+            self._steps(layout)
+        return name, self._plans[name]
 
     def decode(self, layout: Layout, *, hot: bool) -> tuple[str, Plan]:
         """Of one further token; ``hot``: which the parties hold as a row with a 1 at it."""
-        name = f"decode-{layout.prompt}-{layout.length}" + "-hot" * hot
-        module = Decode(self._loaded.model).eval()
-        token = self._token(0, hot=hot)
-        given = {**layout.next(0), "kept": self._kept(layout), **token}
-        facts = {"prompt": layout.prompt, "length": layout.length, "hot": hot}
-        return name, self._made(
-            name, facts, module, given,
-            lambda: (
-                [((), {**step, **self._token(token, hot=hot)}) for step, token in steps]
-                for _, steps, _ in self._runs(layout, steps=_STEPS)
-            ),
-            public=("mask", "places"),
-        )  # fmt: skip
+        name = _named("decode", layout) + "-hot" * hot
+        if name not in self._plans:
+            handed = self._steps(layout)
+            if hot:
+                self._keep({name: self._decoder(name, layout, hot=True)}, {name: handed.decode(hot=True)})
+        return name, self._plans[name]
 
     def choose(self, layout: Layout, *, hot: bool, temperature: float | None) -> tuple[str, Plan]:
         """Of the largest logit; with a ``temperature``, of a draw."""
         noisy = temperature is not None
-        layout = replace(layout, length=max(layout.length, layout.prompt + _STEPS))
-        name = (
-            f"choose-{layout.prompt}-{layout.length}" + "-hot" * hot + (f"-{temperature:g}" if noisy else "")
-        )
+        longer = replace(layout, length=max(layout.length, layout.prompt + _STEPS))
+        name = _named("choose", longer) + "-hot" * hot + (f"-{temperature:g}" if noisy else "")
         size = int(self._loaded.model.config.vocab_size)
         source = torch.Generator().manual_seed(_SEED)
 
@@ -158,10 +150,47 @@ class Planner:
             noise = {"noise": gumbel(size, temperature, source)} if temperature is not None else {}
             return {"logits": logits, **noise}
 
-        return name, self._made(
-            name, {"hot": hot, "temperature": temperature}, Choose(hot=hot), given(torch.zeros(1, size)),
-            lambda: ([((), given(row)) for row in logits] for _, _, logits in self._runs(layout, steps=_STEPS)),
-            public=(),
+        if name not in self._plans:
+            make = self._maker(
+                name, {"hot": hot, "temperature": temperature}, Choose(hot=hot), given(torch.zeros(1, size)),
+                lambda: ([((), given(row)) for row in logits] for _, _, logits in self._runs(longer, steps=_STEPS)),
+            )  # fmt: skip
+            self._keep({name: make}, {name: self._steps(layout).choose()})
+        return name, self._plans[name]
+
+    def _steps(self, layout: Layout) -> Handed:
+        """What the plans of a prompt and of a further token hand on, in formats that suit both; makes these plans."""
+        key = (layout.prompt, layout.length)
+        if key in self._handed:
+            return self._handed[key]
+        first, after = _named("prefill", layout), _named("decode", layout)
+        facts, module = (
+            {"prompt": layout.prompt, "length": layout.length},
+            Prefill(self._loaded.model, layout.length),
+        )
+        makers = {first: self._maker(
+            first, facts, module.eval(), layout.first([0] * layout.count),
+            lambda: ([((), given)] for given, _, _ in self._runs(layout, steps=0)),
+            public=("mask", "places"),
+        )}  # fmt: skip
+        if layout.length > layout.prompt:
+            makers[after] = self._decoder(after, layout, hot=False)
+        handed = agree_on_values(makers[first], makers.get(after)) if self._mixed else Handed()
+        self._keep(makers, {first: handed.prefill(), after: handed.decode(hot=False)})
+        self._handed[key] = handed
+        return handed
+
+    def _decoder(self, name: str, layout: Layout, *, hot: bool) -> Callable[[Edges], Plan]:
+        module = Decode(self._loaded.model).eval()
+        given = {**layout.next(0), "kept": self._kept(layout), **self._token(0, hot=hot)}
+        facts = {"prompt": layout.prompt, "length": layout.length, "hot": hot}
+        return self._maker(
+            name, facts, module, given,
+            lambda: (
+                [((), {**step, **self._token(token, hot=hot)}) for step, token in steps]
+                for _, steps, _ in self._runs(layout, steps=_STEPS)
+            ),
+            public=("mask", "places"),
         )  # fmt: skip
 
     def _token(self, token: int, *, hot: bool) -> dict[str, Tensor]:
@@ -217,40 +246,41 @@ class Planner:
             )
         return self._loaded.tokenizer
 
-    def _made(
+    def _keep(self, makers: Mapping[str, Callable[[Edges], Plan]], edges: Mapping[str, Edges]) -> None:
+        """Make these plans, with secret weights as in those that are here already wherever both can do with it."""
+        self._plans |= agree_on_weights(makers, edges, self._plans if self._mixed else {})
+
+    def _maker(
         self,
         name: str,
         facts: Mapping[str, Any],
         module: nn.Module,
         given: Mapping[str, Any],
         samples: Callable[[], Iterable[Any]],
-        public: Sequence[str],
-        alone: bool = False,
-    ) -> Plan:
-        """The plan of this name, from this object or made now; ranges from the disk or from ``samples``. ``alone``:
-        no other plan reads what it leaves with the parties, so that values may have rings of their own."""
-        if name in self._plans:
-            return self._plans[name]
-        if not alone and self._profile in SCHEMES and SCHEMES[self._profile].fixed:
-            raise JobError(
-                f"a text is not written on under {self._profile}, whose rings differ from call to call; use another "
-                "profile, such as puma or fast"
-            )
+        public: Sequence[str] = (),
+    ) -> Callable[[Edges], Plan]:
+        """Makes the plan of this name for formats at its edges; ranges from the disk or from ``samples``."""
+        program = capture(module, (), given)
         ranges = load_cached(file := self._file(name, facts))
-        plan = make_plan(
-            capture(module, (), given),
-            secret=self._secret,
-            profile=self._profile,
-            public=[n for n in public if n in given] if self._exact else (),
-            calibration=ranges if ranges is not None else cast(Sequence[Any], samples()),
-            relocate=self._secret != "inputs",
-            ring="mixed" if alone and self._profile == "fast" else "Z64",
-            public_weights=() if isinstance(module, Choose) else self._public,
-        )
-        if ranges is None:
-            save_cached(file, plan.calibration)
-        self._plans[name] = plan
-        return plan
+
+        def make(edges: Edges) -> Plan:
+            nonlocal ranges
+            plan = make_plan(
+                program,
+                secret=self.secret,
+                profile=self.profile,
+                public=[n for n in public if n in given] if self._exact else (),
+                calibration=ranges if ranges is not None else cast(Sequence[Any], samples()),
+                relocate=self.secret != "inputs",
+                ring="mixed" if self._mixed else "Z64",
+                public_weights=() if isinstance(module, Choose) else self._public,
+                edges=edges,
+            )
+            if ranges is None:
+                save_cached(file, ranges := plan.calibration)
+            return plan
+
+        return make
 
     def _file(self, name: str, facts: Mapping[str, Any]) -> Any:
         """Where ranges are kept, by all that they depend on."""
@@ -263,7 +293,7 @@ class Planner:
             calibration += [weights_digest(_Weights(tensors))] if tensors else []
         settings = {
             "format": _FORMAT, "release": release(), "weights": self._digest, "class": type(model).__name__,
-            "secret": self._secret, "profile": self._profile, "exact": self._exact, "name": name,
+            "secret": self.secret, "profile": self.profile, "exact": self._exact, "name": name,
             "calibration": calibration, "public_weights": list(self._public), **facts,
         }  # fmt: skip
         return place("calibration", settings, ".json")
@@ -276,6 +306,10 @@ class _Weights(nn.Module):
         super().__init__()
         for i, tensor in enumerate(tensors):
             self.register_buffer(f"t{i}", tensor)
+
+
+def _named(what: str, layout: Layout) -> str:
+    return f"{what}-{layout.prompt}-{layout.length}"
 
 
 def _filled(row: dict[str, list[int]], length: int) -> dict[str, list[int]]:

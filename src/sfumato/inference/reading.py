@@ -10,16 +10,26 @@ from torch import Tensor
 
 from sfumato.errors import JobError
 from sfumato.inference.loading import Loaded
-from sfumato.inference.texts import bucket_of, padded, tokenized
+from sfumato.inference.texts import BUCKETS, bucket_of, padded, tokenized
 
 __all__ = ["Reader"]
 
 
 class Reader:
-    """Of one model: ``extra`` are its inputs beside token ids; ``padding``: whether texts are padded to a bucket."""
+    """Of one model: ``extra`` are its inputs beside token ids; ``padding``: whether texts are padded, to which of the
+    ``buckets``."""
 
-    def __init__(self, loaded: Loaded, extra: tuple[str, ...], max_length: int, *, padding: bool) -> None:
-        self.loaded, self._extra, self._max_length, self._padding = loaded, extra, max_length, padding
+    def __init__(
+        self,
+        loaded: Loaded,
+        extra: tuple[str, ...],
+        max_length: int,
+        *,
+        padding: bool,
+        buckets: Sequence[int] = BUCKETS,
+    ) -> None:
+        self.loaded, self._extra, self.max_length, self.padding = loaded, extra, max_length, padding
+        self._buckets = buckets
 
     @property
     def vocabulary(self) -> int:
@@ -42,17 +52,18 @@ class Reader:
             texts = [texts] if isinstance(texts, str | tuple) else list(texts)
             if not texts:
                 raise JobError("there is no text in the list; give at least one")
-            rows = tokenized(self._tokenizer("read a text"), texts, self._max_length, self._extra)
+            rows = tokenized(self._tokenizer("read a text"), texts, self.max_length, self._extra)
         else:
             rows = self._rows(inputs)
         sizes = torch.tensor([len(row["input_ids"]) for row in rows])
-        if not self._padding and len(set(sizes.tolist())) > 1:
+        if not self.padding and len(set(sizes.tolist())) > 1:
             raise JobError(
                 "with padding=False all texts of a call have the same number of tokens; call it for each"
             )
-        length = bucket_of(int(sizes.max()), self._max_length, exact=not self._padding)
+        exact = not self.padding
+        length = bucket_of(int(sizes.max()), self.max_length, exact=exact, buckets=self._buckets)
         given = padded(rows, length, self.loaded.pad)
-        if not self._padding or self.loaded.padding is None:
+        if not self.padding or self.loaded.padding is None:
             given.pop("attention_mask")
         return given, sizes
 
@@ -79,7 +90,7 @@ class Reader:
             raise JobError(
                 "attention_mask must have its ones first and at least one in each row; pad at the end"
             )
-        bucket_of(int(sizes.max()), self._max_length)
+        bucket_of(int(sizes.max()), self.max_length)
         return [{n: t[i, : int(sizes[i])].tolist() for n, t in tensors.items()} for i in range(len(ids))]
 
     def _pixels(self, images: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -45,7 +45,7 @@ TEXTS = (
 )  # fmt: skip
 
 
-def bucket_of(count: int, limit: int, *, exact: bool = False) -> int:
+def bucket_of(count: int, limit: int, *, exact: bool = False, buckets: Sequence[int] = BUCKETS) -> int:
     """The length that ``count`` tokens are padded to, at most ``limit``; ``exact``: to none.
 
     Raises:
@@ -53,9 +53,9 @@ def bucket_of(count: int, limit: int, *, exact: bool = False) -> int:
     """
     if count > limit:
         raise JobError(
-            f"a text of {count} tokens is longer than max_length={limit}; shorten it or raise max_length"
+            f"a text of {count} tokens is longer than max_length={limit}; shorten it, or raise max_length"
         )
-    return count if exact else min(next((size for size in BUCKETS if size >= count), limit), limit)
+    return count if exact else min(next((size for size in buckets if size >= count), limit), limit)
 
 
 def tokenized(

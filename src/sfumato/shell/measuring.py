@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sfumato.errors import JobError
 from sfumato.shell.command import Profile, clean, prompts_in
 
 __all__ = ["bench", "reproduce"]
@@ -56,13 +57,13 @@ def bench(
 
 @clean
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="sdu, usg, cipherdm, puma or ditto.")],
+    paper: Annotated[str, typer.Argument(help="sdu, usg, cipherdm, puma, ditto, mpcformer or marill.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. For puma "
-            "and ditto NAME:TOKENS of bert-base, bert-large, roberta-base, gpt2-base, gpt2-medium, several by commas. "
-            "[default: the paper's first]"
+            help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. For "
+            "papers on transformers NAME:TOKENS of bert-base, bert-large, roberta-base, gpt2-base, gpt2-medium, with "
+            "commas. [default: the paper's first]"
         ),
     ] = None,
     images: Annotated[int, typer.Option(min=100, help="Of each row, simulated in the clear.")] = 1000,
@@ -90,7 +91,21 @@ def reproduce(
     ] = None,
     network: Annotated[
         list[str] | None,
-        typer.Option(help="Also time puma and ditto on emulated links: lan, wan or none; may be repeated."),
+        typer.Option(help="Also time transformers on emulated links: lan, wan or none; may be repeated."),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME:TOKENS",
+            help="Of transformers: which of --model are also run, by commas, for error and seconds; all, or none, "
+            "where bytes and rounds are counted on shapes alone. [default: all of --model, or the paper's first]",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="scores.json of students, for the utility of ditto, mpcformer, marill."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
 ) -> None:
@@ -100,17 +115,21 @@ def reproduce(
 
     Example: `sfumato reproduce sdu --model embedded --images 1000 --secure 200`
     """
-    from sfumato.shell.costs import DEFAULT_MODELS, run_costs
+    from sfumato.shell.costs import DEFAULT_MODELS, Costs, run_costs
     from sfumato.shell.reproduce import run_reproduce
     from sfumato.study.reproduce import Asked
     from sfumato.study.tables import STUDIES
 
     if paper in DEFAULT_MODELS:
-        run_costs(paper, model or DEFAULT_MODELS[paper], network or (), out, Console())
+        told = Costs(
+            paper=paper, model=model or "", run=run or "", networks=network or (), scores=scores, out=out
+        )
+        run_costs(told, Console())
         return
-    known = STUDIES.get(paper)
+    if paper not in STUDIES:
+        raise JobError(f"there is no study of {paper!r}; use one of {', '.join((*STUDIES, *DEFAULT_MODELS))}")
     asked = Asked(
-        paper=paper, model=model or (known[1][0] if known else ""), images=images, secure=secure,
+        paper=paper, model=model or STUDIES[paper][1][0], images=images, secure=secure,
         secure_steps=secure_steps, main=main_rows, ours=ours,
         ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
         prompts=tuple(prompts_in(prompts) or ()), clip=clip,

@@ -22,7 +22,7 @@ from sfumato.shell.command import CALIBRATE_ON, clean, prompts_in
 if TYPE_CHECKING:
     from sfumato.runtime.sharing import ModelToShare
 
-__all__ = ["found", "model_app", "offer_tables"]
+__all__ = ["agreed", "bar", "folder_of", "found", "model_app", "offer_tables"]
 
 model_app = typer.Typer(
     help="Models that owners keep at the parties, and clients use as cluster:NAME.", no_args_is_help=True
@@ -115,9 +115,9 @@ def share(
     console = Console()
     model = offered(pipe, name, terms, replace=replace)
     console.print(*offer_tables(model))
-    _agreed(f"Share it as cluster:{name}?", yes)
-    with _bar(console) as progress:
-        share_id = share_model(parties, keys or _folder(cluster), model, progress=progress)
+    agreed(f"Share it as cluster:{name}?", yes)
+    with bar(console) as progress:
+        share_id = share_model(parties, keys or folder_of(cluster), model, progress=progress)
     console.print(f"shared as cluster:{name} (share {share_id[:8]})", highlight=False)
 
 
@@ -157,7 +157,7 @@ def remove(
 
     Example: `sfumato model remove sd --cluster ours/owner/cluster.toml`
     """
-    _agreed(f"Remove {name} from the parties?", yes)
+    agreed(f"Remove {name} from the parties?", yes)
     replies, failed = _ask_all(cluster, keys, {"ask": "remove", "model": name})
     if failed:
         party, error = next(iter(failed.items()))
@@ -169,7 +169,8 @@ def remove(
 # ---- inside ------------------------------------------------------------------------------------------------
 
 
-def _agreed(question: str, yes: bool) -> None:
+def agreed(question: str, yes: bool) -> None:
+    """Ask, unless told not to; ``JobError`` where nobody can answer."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -177,12 +178,14 @@ def _agreed(question: str, yes: bool) -> None:
     typer.confirm(question, abort=True)
 
 
-def _folder(cluster: Path) -> Path:
+def folder_of(cluster: Path) -> Path:
+    """The folder of a cluster file, where keys lie."""
     return cluster if cluster.is_dir() else cluster.parent
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+def bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of bytes that are shared."""
     columns = (TextColumn("sharing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("sharing", total=None)
@@ -196,7 +199,7 @@ def _ask_all(
     from sfumato.runtime.cluster import Cluster
     from sfumato.runtime.control import ask
 
-    parties, folder = Cluster.load(cluster), keys or _folder(cluster)
+    parties, folder = Cluster.load(cluster), keys or folder_of(cluster)
     replies, failed = dict[int, dict[str, Any]](), dict[int, SfumatoError]()
     for party in _PARTIES:
         try:
@@ -278,7 +281,8 @@ def _parties(numbers: Any) -> str:
 
 def offer_tables(model: ModelToShare) -> tuple[Table, Table]:
     """What a client can ask for, and who learns what by it."""
-    from sfumato.diffusion.offers import lessons, stored_bytes
+    from sfumato.diffusion.offers import lessons
+    from sfumato.runtime.offered import stored_bytes
     from sfumato.runtime.report import readable
 
     offers = Table(title=f"cluster:{model.name} will offer", title_justify="left")

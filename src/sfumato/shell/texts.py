@@ -1,4 +1,5 @@
-"""``sfumato classify`` and ``sfumato complete``: a transformers model on texts that nobody else reads."""
+"""``sfumato classify``, ``sfumato complete`` and ``sfumato model share-text``: transformers models on texts that nobody
+else reads."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sfumato.shell.command import Profile, clean, for_file, prompts_in
+from sfumato.shell.model import agreed, bar, folder_of, model_app
 
-__all__ = ["classify", "complete"]
+__all__ = ["classify", "complete", "share_text"]
 
-Model = Annotated[str, typer.Option(help="Folder of a transformers model in the hub's format, or a hub id.")]
+Model = Annotated[str, typer.Option(help="Folder of a transformers model, a hub id, or cluster:NAME.")]
 Secret = Annotated[str, typer.Option(help="inputs, or inputs+weights.")]
 ClusterFile = Annotated[
     Path | None, typer.Option(help="Cluster file of three real parties. [default: three on this machine]")
@@ -134,3 +136,71 @@ def complete(
         )  # fmt: skip
     print(prompt + found.text)
     _finish(found.report, report)
+
+
+@model_app.command("share-text")
+@clean
+def share_text(
+    path: Annotated[str, typer.Argument(help="Folder of a transformers model, or a hub id.")],
+    cluster: Annotated[Path, typer.Option(help="The cluster file.", metavar="FILE")],
+    name: Annotated[str, typer.Option(help="What clients call it: cluster:NAME.")],
+    keys: Keys = None,
+    task: Annotated[str | None, typer.Option(help="[default: what the model's architecture is for]")] = None,
+    secret: Annotated[
+        str, typer.Option(help="inputs+weights, or inputs (everyone may have the weights).")
+    ] = "inputs+weights",
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens that texts are padded to; repeat. [default: 32]")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of one call.")] = 1,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="New tokens to make room for, so that texts are written on. [default: one call alone]"
+        ),
+    ] = None,
+    release: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients may see of it: tokens, end, logits; repeat. [default: tokens]"),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Of draws; repeat. [default: the likeliest token alone]")
+    ] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="Who may use it; repeat. [default: every client of the cluster]")
+    ] = None,
+    profile: Profile = "precise",
+    padding: Padding = True,
+    calibrate_on: CalibrateOn = None,
+    replace: Annotated[bool, typer.Option("--replace", help="In place of your model of this name.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+) -> None:
+    """Share a transformers model: plans for each length, and weights as shares.
+
+    Ranges are measured here, in the clear. Nothing leaves this machine before you have seen who learns what.
+
+    Example: `sfumato model share-text ./sst2-model --name reviews --cluster ours/owner/cluster.toml --length 64`
+    """
+    from sfumato.inference.offers import Terms, lessons, offered
+    from sfumato.runtime.cluster import Cluster
+    from sfumato.runtime.names import shared_name
+    from sfumato.runtime.sharing import share_model
+
+    shared_name(f"cluster:{name}")
+    parties = Cluster.load(cluster)
+    terms = Terms(
+        lengths=length or (32,), texts=texts, tokens=tokens, releases=release or ("tokens",),
+        temperatures=temperature or (None,), clients=client,
+    )  # fmt: skip
+    model = _opened(path, task, calibrate_on, secret=secret, profile=profile, padding=padding)
+    made, console = offered(model, name, terms, replace=replace), Console()
+    table = Table(
+        title=f"cluster:{name} will offer; who learns what", title_justify="left", show_header=False
+    )
+    for who, what in lessons(made):
+        table.add_row(who, what)
+    console.print(table)
+    agreed(f"Share it as cluster:{name}?", yes)
+    with bar(console) as progress:
+        share_id = share_model(parties, keys or folder_of(cluster), made, progress=progress)
+    console.print(f"shared as cluster:{name} (share {share_id[:8]})", highlight=False)

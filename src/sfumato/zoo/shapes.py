@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
-from .train.text.replace import Quad
+from sfumato.errors import JobError
 
-__all__ = ["SHAPES", "Shape", "with_quad"]
+from .train.text.marill import LoraLinear, set_heads
+from .train.text.replace import Quad, Replaced, apply
+
+__all__ = ["SHAPES", "Shape", "change", "with_quad"]
+
+#: Deviation that a layer's low-rank change has for inputs of deviation 1: a sixth of the layer's own at width 768.
+_LORA_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +103,28 @@ def with_quad(model: nn.Module) -> nn.Module:
             if "gelu" in type(child).__name__.lower():
                 setattr(module, name, Quad())
     return model
+
+
+def change(model: Any, replaced: Replaced) -> nn.Module:
+    """A student's changes in a model of :data:`SHAPES`, in place.
+
+    Heads are merged in the order they have, and LoRA's B is random, so that its product has a range to plan for:
+    neither changes what a run costs.
+
+    Raises:
+        JobError: the changes do not fit the model.
+    """
+    inner = model.model
+    if replaced == Replaced("quad"):
+        return with_quad(model)
+    heads = inner.config.num_attention_heads
+    if heads % replaced.merged:
+        raise JobError(f"{heads} heads do not merge by {replaced.merged}; choose a divisor of {heads}")
+    if replaced.merged > 1 and not replaced.frozen:  # with frozen layers `apply` does
+        set_heads(inner, heads // replaced.merged)
+    if replaced != Replaced():
+        apply(inner, replaced)
+    for module in inner.modules():
+        if isinstance(module, LoraLinear):
+            nn.init.normal_(module.lora_b, std=_LORA_SCALE / module.lora_b.shape[0] ** 0.5)
+    return cast(nn.Module, model.eval().requires_grad_(False))
