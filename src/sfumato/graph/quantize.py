@@ -71,6 +71,7 @@ _CURVES = frozenset(
      "sfumato.quick_gelu", "sfumato.quad")
 )  # fmt: skip
 _NORMS = {"aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2,)}
+_LARGEST = "aten.argmax.default"
 _ATTENTION = frozenset(("aten.scaled_dot_product_attention.default", "sfumato.masked_attention"))
 #: Local where what it picks by is public.
 _PICK = "aten.where.self"
@@ -187,6 +188,8 @@ class _Quantizer:
         else:
             format = self.long
             wants = {n: self.long._replace(frac=0) if self._is_whole(n) else self.long for n in arguments}
+            if node.target == _LARGEST:  # compares in either ring, and gives a number
+                wants = {n: self.formats.get(n, self.long) for n in arguments}
         self.formats[node.name], self.wants[node.name] = format, wants
 
     def _may_shorten(self, node: Node) -> bool:
