@@ -24,7 +24,7 @@ GOOD = ("a seven", "embedded", 4, 4.0, "public", 0, None, "")
 
 
 def over(run: Run) -> Run:
-    assert run.wait(30), run.progress()
+    assert run.wait(90), run.progress()
     return run
 
 

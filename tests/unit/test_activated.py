@@ -190,3 +190,52 @@ def test_an_argument_of_which_too_little_is_known_is_refused() -> None:
     check_domain((series,), type, Z64, 18, least)
     with pytest.raises(TypeMismatch, match="linear part"):
         check_domain((series,), type, Z64, 18, least - 1)
+
+
+def test_a_short_product_is_watched_in_its_own_ring() -> None:
+    """In Z64, a large product of secrets is made in 32-bit words, and so are its samples."""
+    torch.manual_seed(2)
+    module = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 8)).eval()
+    runs = [((torch.randn(256, 256),), {}) for _ in range(2)]
+    plan = make_plan(
+        sf.capture(module, runs[0][0]), calibration=runs, profile="fast", secret="inputs+weights"
+    )
+    (name,) = (node.name for node in plan.secret_nodes if node.target == ACTIVATED)
+    assert "words" in plan.choices[name]
+    sf.run(plan, runs[0][0], backend="simulate")
+
+
+@pytest.mark.parametrize("addend", [(ROWS, 64), (1,), (ROWS, 1)])
+def test_an_addend_that_is_no_bias_keeps_the_layer_apart(addend: tuple[int, ...]) -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.weight, self.addend = (
+                nn.Parameter(torch.randn(WIDTH, 64) / 7),
+                nn.Parameter(torch.randn(addend)),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.gelu(torch.addmm(self.addend, x, self.weight))
+
+    module = Added()
+    plan = planned(module, profile="fast", secret="inputs+weights")
+    assert ACTIVATED not in targets(plan)
+    assert error(module, plan, "simulate") < 3e-3
+
+
+def test_scores_with_more_bits_than_attention_keeps_are_closed_first() -> None:
+    module = Attention()
+    plan = planned(module, profile="fast", secret="inputs", frac=22)
+    assert error(module, plan, "simulate") < 4e-3
+
+
+def test_a_layer_of_whole_numbers_is_joined() -> None:
+    class Chosen(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.act(self.up((x > 0.0).to(torch.float32)))
+
+    module = Chosen(nn.GELU())
+    plan = planned(module, profile="fast", secret="inputs+weights")
+    assert error(module, plan, "simulate") < 3e-3

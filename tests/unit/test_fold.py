@@ -162,3 +162,68 @@ def test_both_products_share_one_scale_in_z64() -> None:
         module.down.weight.mul_(3000.0)
     plan = planned(module)
     assert error(module, plan, "simulate") < 1e-2
+
+
+class Same(After):
+    """The layer beside the residual reads the norm, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return self.last(nn.functional.linear(y, self.square, self.shift) + y)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(WIDTH, WIDTH) / 7)
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+
+
+class Two(Same):
+    """Each of two norms is read by one side of a sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.norm(x), self.square, self.shift) + self.last(0.5 * x + 1.0)
+
+
+class Spread(Same):
+    """The layer's result is broadcast in the sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) + nn.functional.linear(x.mean(1, keepdim=True), self.square, self.shift)
+
+
+class Twice(Turned):
+    """One norm, read twice by layers of GPT-2's kind, the second one first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.norm(x), self.norm(0.5 * x)
+        b = torch.addmm(self.a.bias, second.view(-1, WIDTH), self.b.weight.t().contiguous())
+        return torch.addmm(self.a.bias, first.view(-1, WIDTH), self.a.weight.t().contiguous()) + b
+
+
+class Row(Before):
+    """The last row of the norm alone goes on, as before a language model's head."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(self.norm(x)[:, -1, :])
+
+
+@pytest.mark.parametrize("secret", ["inputs", "inputs+weights"])
+@pytest.mark.parametrize("module", [Same(), Two(), Spread(), Twice(), Row()])
+def test_whatever_reads_a_norm_computes_the_same(module: nn.Module, secret: str) -> None:
+    plan = planned(_drawn(module), secret=secret)
+    assert error(module, plan, "simulate") < 1e-2
+    assert gains(planned(_drawn(Row()))) == [False]
+
+
+@pytest.mark.parametrize("public", ["*.bias", "*norm*", "up.*", "down.weight"])
+def test_parts_of_the_weights_may_be_public(public: str) -> None:
+    module = _drawn(After())
+    assert error(module, planned(module, public_weights=(public,)), "simulate") < 1e-2
+
+
+def test_ranges_of_a_folded_plan_serve_without_folding() -> None:
+    module = _drawn(After())
+    measured = planned(module).calibration
+    for options in ({"ring": "Z64"}, {"secret": "inputs"}, {"ring": "Z64", "secret": "inputs"}):
+        plan = planned(module, calibration=measured, **options)
+        assert error(module, plan, "plain") < 1e-2

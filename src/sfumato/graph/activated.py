@@ -108,6 +108,8 @@ def _joined(
     bias = layer.args[third] if third < len(layer.args) else None
     if name is None or not (isinstance(x, Ref) and isinstance(w, Ref)) or layer.kwargs:
         return None
+    if isinstance(bias, Ref) and placed.program.types[bias.name][0] != layer.shape[-1:]:
+        return None  # an addend of another shape
     old, mine = choices.get(node.name, {}), choices.get(layer.name, {})
     common = Format(options.ring, options.frac)
     own = formats.get(node.name, common)
@@ -134,7 +136,8 @@ def _joined(
     ):  # fmt: skip
         return None
     low, high = choice.pop("range")
-    inside = [low, high, own.frac, *(("Z32",) if own.ring == "Z32" else ())]
+    # Samples have the product's ring.
+    inside = [low, high, own.frac, *(("Z32",) if own.ring == "Z32" or "words" in mine else ())]
     choices[node.name] = {
         **choice, "inside": {"argument": inside}, "scales": mine.get("scales", [None, None]),
         **({"words": mine["words"]} if "words" in mine else {}),

@@ -39,6 +39,10 @@ class Calibration:
         sketches = {n: _joined(self.sketches.get(n, {}), other.sketches.get(n, {})) for n in names}
         return Calibration(stats, self.samples + other.samples, sketches)
 
+    def completed(self, other: Calibration) -> Calibration:
+        """This, and of calls that it does not know what ``other`` saw of them."""
+        return Calibration({**other.stats, **self.stats}, self.samples, {**other.sketches, **self.sketches})
+
     def as_one_run(self) -> Calibration:
         """The same, as seen in one run: calls that belong together, such as the steps of a trajectory."""
         sketches = {

@@ -26,16 +26,18 @@ _NORMS = {"aten.layer_norm.default": (2, 3), "aten.rms_norm.default": (2, None)}
 _LINEAR, _ADDMM, _ADD, _RESHAPE = (
     "aten.linear.default", "aten.addmm.default", "aten.add.Tensor", "aten.reshape.default"
 )  # fmt: skip
+#: Local calls that keep rows whole, with the axis they work on as second argument but for the first.
+_PASSING = frozenset((_RESHAPE, "aten.slice.Tensor", "aten.select.int"))
 _UNIT = "_unit"
 _KNOWN = (Place.OWNER, Place.PUBLIC)
 
 
 @dataclass
 class _Readers:
-    """Who reads a norm: layers, reshapes of it with the products that read these, and sums with the layers beside."""
+    """Who reads a norm: layers, calls that pass its rows on to layers, and sums with the layers beside."""
 
     layers: list[Node] = field(default_factory=list)
-    products: list[tuple[Node, Node]] = field(default_factory=list)
+    passing: list[Node] = field(default_factory=list)
     sums: list[tuple[Node, Node]] = field(default_factory=list)
 
 
@@ -58,19 +60,26 @@ class _Folder:
                 self.readers[name].append(node)
         self.outputs = set(self.program.output_names)
         self.changed: dict[str, Node | None] = {}  # by name: what stands there instead
-        self.before: dict[str, list[Node]] = defaultdict(list)  # by name: what is made before it
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of what is made
+        self.derived: dict[str, Node] = {}  # what whoever holds the weights computes
 
     def run(self) -> Placed:
         for node in self.program.nodes:
             readers = self._foldable(node) if node.target in _NORMS else None
             if readers is not None:
                 self._fold(node, readers)
-        nodes = []
+        nodes: list[Node] = []
+        waiting = dict(self.derived)
+
+        def emit(node: Node) -> None:
+            for name in node.refs():
+                if (needed := waiting.pop(name, None)) is not None:
+                    emit(needed)
+            nodes.append(node)
+
         for node in self.program.nodes:
-            nodes += self.before.get(node.name, [])
             changed = self.changed.get(node.name, node)
-            nodes += [] if changed is None else [changed]
+            if changed is not None:
+                emit(changed)
         program = without_dead_code(replace(self.program, nodes=tuple(nodes)))
         places = {name: self.places[name] for name in program.types}
         per_call = {name for name in places if name.removesuffix(_UNIT) in self.placed.per_call}
@@ -89,16 +98,38 @@ class _Folder:
         ):  # fmt: skip
             return None
         found = _Readers()
-        for reader in self.readers[norm.name]:
-            if reader.target == _LINEAR and reader.args[0] == Ref(norm.name) and self._own(reader, 1):
-                found.layers.append(reader)
-            elif reader.target == _RESHAPE and (products := self._products(reader, norm)) is not None:
-                found.products += [(reader, product) for product in products]
-            elif reader.target == _ADD and (layer := self._beside(reader, norm, gamma)) is not None:
-                found.sums.append((reader, layer))
-            else:
-                return None
-        return found
+        return (
+            found
+            if all(self._takes(reader, norm, norm, gamma, found) for reader in self.readers[norm.name])
+            else None
+        )
+
+    def _takes(self, reader: Node, value: Node, norm: Node, gamma: Ref, found: _Readers) -> bool:
+        """Whether a reader of the norm's rows can do without their gain; it is put into ``found``."""
+        read = Ref(value.name)
+        place = {_LINEAR: 0, _ADDMM: 1}.get(reader.target)
+        if place is not None and reader.args[place] == read and self._own(reader, place + 1):
+            found.layers.append(reader)
+        elif (
+            reader.target == _ADD
+            and value is norm
+            and (layer := self._beside(reader, norm, gamma)) is not None
+        ):
+            found.sums.append((reader, layer))
+        elif (
+            reader.target in _PASSING
+            and reader.shape[-1:] == norm.shape[-1:]
+            and reader.name not in self.outputs
+        ):
+            last = len(value.shape) - 1
+            if reader.target != _RESHAPE and int(reader.args[1]) % len(value.shape) == last:
+                return False
+            found.passing.append(reader)
+            others = self.readers[reader.name]
+            return bool(others) and all(self._takes(other, reader, norm, gamma, found) for other in others)
+        else:
+            return False
+        return True
 
     def _affine(self, norm: Node) -> tuple[Ref | None, Ref | None]:
         found = [norm.args[i] if i is not None and i < len(norm.args) else None for i in _NORMS[norm.target]]
@@ -106,11 +137,11 @@ class _Folder:
         return gamma, beta
 
     def _is_weight(self, arg: Arg, dims: int) -> bool:
+        """Whether whoever holds the weights knows it before any call."""
         return (
-            isinstance(arg, Ref)
-            and self.places[arg.name] in _KNOWN
+            isinstance(arg, Ref) and self.places[arg.name] in _KNOWN and arg.name not in self.placed.per_call
             and len(self.program.types[arg.name][0]) == dims
-        )
+        )  # fmt: skip
 
     def _own(self, layer: Node, place: int) -> bool:
         """Whether a layer's weight is its own, so that changing it leaves no copy, and all of it is known."""
@@ -122,15 +153,9 @@ class _Folder:
             and len(refs) == 2 + len(rest) and not layer.kwargs and layer.name not in self.changed
         )  # fmt: skip
 
-    def _products(self, reshape: Node, norm: Node) -> list[Node] | None:
-        """The products that read a reshape of the norm, if nothing else does."""
-        found = self.readers[reshape.name]
-        fits = reshape.shape[-1] == norm.shape[-1] and reshape.name not in self.outputs
-        right = all(n.target == _ADDMM and n.args[1] == Ref(reshape.name) and self._own(n, 2) for n in found)
-        return found if fits and right and found else None
-
     def _beside(self, add: Node, norm: Node, gamma: Ref) -> Node | None:
-        """The layer whose result is added to the norm's, if nobody else reads it and the gain is secret."""
+        """The layer whose result is added to the norm's, if nobody else reads it and its weights, with the norm's, are
+        secret."""
         others = [arg for arg in add.args if arg != Ref(norm.name)]
         if (
             len(others) != 1
@@ -147,8 +172,12 @@ class _Folder:
         alone = len(self.readers[layer.name]) == 1 and layer.name not in self.outputs
         hidden = isinstance(weight, Ref) and self.places[weight.name] is Place.OWNER
         secret = isinstance(x, Ref) and self.places[x.name] is Place.SECRET
-        given = bias is None or self._is_weight(bias, 1)
-        return layer if alone and hidden and secret and given and not layer.kwargs else None
+        shifts = [shift for shift in (bias, self._affine(norm)[1]) if shift is not None]
+        known = all(self._is_weight(shift, 1) for shift in shifts)
+        # A shift that is public as a whole would be added by itself.
+        given = not shifts or any(self.places[s.name] is Place.OWNER for s in shifts if isinstance(s, Ref))
+        fits = layer.shape == add.shape and not layer.kwargs
+        return layer if alone and hidden and secret and known and given and fits else None
 
     # ---- folding -------------------------------------------------------------------------------------------
 
@@ -161,29 +190,34 @@ class _Folder:
                 args[place] = None
         unit = replace(norm, name=_unit(norm), args=tuple(args))
         self.changed[norm.name], self.places[unit.name] = unit, Place.SECRET
+        for value in readers.passing:
+            self._change(value, tuple(Ref(unit.name) if arg == Ref(norm.name) else arg for arg in value.args))
         for layer in readers.layers:
-            weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-            assert isinstance(weight, Ref)
-            new = self._weight(layer, "aten.mul.Tensor", weight, gamma)
-            self._change(layer, (Ref(unit.name), new, self._shifted(layer, beta, weight, bias)))
-        for reshape, product in readers.products:
-            bias, weight = product.args[0], product.args[2]
-            assert isinstance(weight, Ref)
-            column = self._weight(product, "aten.unsqueeze.default", gamma, 1)
-            new = self._weight(product, "aten.mul.Tensor", weight, column)
-            turned = weight if beta is None else self._weight(product, "aten.transpose.int", weight, 0, 1)
-            self._change(product, (self._shifted(product, beta, turned, bias), Ref(reshape.name), new))
-            self._change(reshape, (Ref(unit.name), *reshape.args[1:]))
-        for add, layer in readers.sums:
+            self._fold_into(layer, Ref(unit.name), norm, gamma, beta)
+        for add, beside in readers.sums:
+            layer = self._latest(beside)
             bias = layer.args[2] if len(layer.args) > 2 else None
             if beta is not None:
                 bias = beta if bias is None else self._weight(add, "aten.add.Tensor", bias, beta)
-            x = self._latest(layer).args[0]
-            joined = replace(
-                add, target=LINEAR_PLUS, args=(x, layer.args[1], bias, Ref(unit.name), gamma),
+            self.changed[add.name] = replace(
+                add, target=LINEAR_PLUS, args=(layer.args[0], layer.args[1], bias, Ref(unit.name), gamma),
                 module_path=layer.module_path,
             )  # fmt: skip
-            self.changed[add.name], self.changed[layer.name] = joined, None
+            self.changed[beside.name] = None
+
+    def _fold_into(self, layer: Node, unit: Ref, norm: Node, gamma: Ref, beta: Ref | None) -> None:
+        """x W^T + b, or b + x W, with the norm's gain in W and its shift in b."""
+        turned = layer.target == _LINEAR
+        x, weight = (layer.args[0], layer.args[1]) if turned else (layer.args[1], layer.args[2])
+        bias = layer.args[0] if not turned else layer.args[2] if len(layer.args) > 2 else None
+        assert isinstance(weight, Ref)
+        column = gamma if turned else self._weight(layer, "aten.unsqueeze.default", gamma, 1)
+        new = self._weight(layer, "aten.mul.Tensor", weight, column)
+        if beta is not None:
+            rows = weight if turned else self._weight(layer, "aten.transpose.int", weight, 0, 1)
+            bias = self._weight(layer, _LINEAR, beta, rows, *([] if bias is None else [bias]))
+        x = unit if x == Ref(norm.name) else x
+        self._change(layer, (x, new, bias) if turned else (bias, x, new))
 
     def _latest(self, node: Node) -> Node:
         return self.changed.get(node.name) or node
@@ -191,23 +225,16 @@ class _Folder:
     def _change(self, node: Node, args: tuple[Arg, ...]) -> None:
         self.changed[node.name] = replace(node, args=args)
 
-    def _shifted(self, reader: Node, beta: Ref | None, weight: Ref, bias: Arg) -> Arg:
-        """b + W beta."""
-        if beta is None:
-            return bias
-        return self._weight(reader, _LINEAR, beta, weight, *([] if bias is None else [bias]))
-
     def _weight(self, reader: Node, target: str, *args: Arg) -> Ref:
-        """A value that whoever holds the weights computes, before its first reader; one for the same arguments."""
+        """A value that whoever holds the weights computes; one for the same arguments."""
         refs = [arg for arg in args if isinstance(arg, Ref)]
         verb = target.split(".")[1]
         name = f"{refs[0].name}_{verb}" + "".join(f"_{ref.name}" for ref in refs[1:])
-        if name not in self.shapes:
+        if name not in self.derived:
             node = Node(name, target, args, {}, reader.module_path, self._shape(target, args), reader.dtype)
-            self.before[reader.name].append(node)
+            self.derived[name] = node
             owned = any(self.places[ref.name] is Place.OWNER for ref in refs)
             self.places[name] = Place.OWNER if owned else Place.PUBLIC
-            self.shapes[name] = node.shape
         return Ref(name)
 
     def _shape(self, target: str, args: tuple[Arg, ...]) -> tuple[int, ...]:
@@ -219,7 +246,8 @@ class _Folder:
         return shapes[1][:1] if target == _LINEAR else tuple(torch.broadcast_shapes(*shapes))
 
     def _size(self, ref: Ref) -> tuple[int, ...]:
-        return self.shapes.get(ref.name) or self.program.types[ref.name][0]
+        made = self.derived.get(ref.name)
+        return self.program.types[ref.name][0] if made is None else made.shape
 
 
 def _unit(norm: Node) -> str:

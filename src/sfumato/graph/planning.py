@@ -97,13 +97,16 @@ def make_plan(
     )  # fmt: skip
     if scheme is not None and scheme.expand:
         placed = expand_attention(placed)
+    unfolded = placed
     if scheme is not None and not scheme.fixed:
-        known = _names_of(calibration)
-        placed = fold_norms(placed, known)
+        placed = fold_norms(placed, _names_of(calibration))
     refuse(program.title, problems_of(placed))
     notes: list[str] = []
     measured = _calibration(program, placed, calibration, notes)
     options = _with_risk(options, measured, calibration is None, notes)
+    if unfolded is not placed and not isinstance(calibration, Calibration | Mapping):
+        # Ranges serve other plans of the model, too, whose norms keep their gains.
+        measured = measured.completed(_calibration(program, unfolded, calibration, []))
     formats = dict[str, Format]()
     choices, problems = dict[str, Mapping[str, Any]](), []
     if scheme is not None:

@@ -236,8 +236,9 @@ def known_scores(factor: float, frac: int, *, short: bool) -> int:
     is closed; ``short``: in Z32."""
     if short:
         return known_bits(32, frac, frac + factor_words(_power(factor))[1], frac)
-    own = min(frac, _SCORE_FRAC)
-    return known_bits(64, own, own + factor_words(factor)[1], own)
+    if frac > _SCORE_FRAC:  # queries and keys are truncated first, and scores are not what was planned
+        return 0
+    return known_bits(64, frac, frac + factor_words(factor)[1], frac)
 
 
 def _power(factor: float) -> float:

@@ -215,6 +215,8 @@ def _planned_rows(
     allowed = budget(options).of_rows(short=is_short(options))
     lowered = short_up(hi - row_lo + math.log(count / allowed)) if masked else 0.0
     lo -= lowered
+    if masked and (max(hi, 0.0) + lowered) * 2.0**options.frac >= 2.0 ** (known - 2):
+        known = 0  # a score and what its mask adds have to stay in the ring together
 
     def make() -> dict[str, Any]:
         plan = softmax.plan_softmax(

@@ -102,6 +102,7 @@ async def _activated_linear(ctx: Context, s: Session, node: Node, args: Args, kw
     choice = ctx.choice(node)
     plan, words = activation.SmoothPlan.from_dict(choice["plan"]), choice.get("words")
     x, w, bias = args
+    x = ctx.protocol.lift(x, ctx.frac) if x.frac == 0 else x  # whole numbers
     y = await opened.curve_of_linear(
         ctx.protocol, s.fork("linear"), x, w, bias, plan, turned=bool(kwargs["turned"]),
         short=None if words is None else basic.Short(*words), scales=basic.Scales(*choice["scales"]),
