@@ -267,7 +267,7 @@ def test_a_module_is_shared_used_and_removed(files: dict[str, Path], shared: str
             assert off(deployment(held), module(module(x))) < 1e-3
     with pytest.raises(JobError, match="is no pipeline"):
         SecurePipeline.from_pretrained("cluster:layer", cluster=files["client"])
-    with pytest.raises(JobError, match="is a pipeline"):
+    with pytest.raises(JobError, match="has several parts; use SecurePipeline"):
         sf.deploy("cluster:tiny", files["client"])
     for wrong in ("layer", "cluster:../layer"):
         with pytest.raises(JobError):

@@ -102,6 +102,8 @@ def make_plan(
         placed = fold_norms(placed, _names_of(calibration))
     refuse(program.title, problems_of(placed))
     notes: list[str] = []
+    if calibration is not None and not isinstance(calibration, Calibration | Mapping):
+        calibration = list(calibration)
     measured = _calibration(program, placed, calibration, notes)
     options = _with_risk(options, measured, calibration is None, notes)
     if unfolded is not placed and not isinstance(calibration, Calibration | Mapping):
