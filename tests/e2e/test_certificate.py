@@ -31,7 +31,9 @@ def test_inside_the_range_nothing_is_said(secret: str) -> None:
 def test_outside_the_range_names_the_layer() -> None:
     plan = sf.make_plan(sf.capture(model(), (inputs(1.0),)))
     assert watched(plan) == ["silu.argument", "linear_1"]
-    with pytest.raises(sf.RangeError, match=r"left the range that Sequential was calibrated for, silu.argument at 1"):
+    with pytest.raises(
+        sf.RangeError, match=r"left the range that Sequential was calibrated for, silu.argument at 1"
+    ):
         sf.run(plan, (inputs(6.0),), backend="simulate")
 
 
