@@ -67,6 +67,8 @@ class _Folder:
             readers = self._foldable(node) if node.target in _NORMS else None
             if readers is not None:
                 self._fold(node, readers)
+        if not self.changed:
+            return self.placed
         nodes: list[Node] = []
         waiting = dict(self.derived)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sfumato.graph.handlers.linear import LINEAR_PLUS
 from sfumato.graph.handlers.smooth import ACTIVATED
+from sfumato.graph.look_up import LOOK_UP
 from sfumato.graph.places import Place
 from sfumato.graph.plan import Plan
 from sfumato.graph.program import Node, Ref
@@ -52,7 +54,7 @@ _LINEAR = frozenset(
         "mv.default", "einsum.default", "mul.Tensor", "div.Tensor", "true_divide.Tensor", "addcmul.default",
         "square.default", "lerp.Tensor", "pow.Tensor_Scalar",
     )
-) | {"sfumato.look_up", "sfumato.linear_plus"}  # fmt: skip
+) | {LOOK_UP, LINEAR_PLUS}  # fmt: skip
 _SMOOTH = {
     "aten.silu.default": "silu", "aten.silu_.default": "silu",
     "aten.mish.default": "mish", "aten.mish_.default": "mish",

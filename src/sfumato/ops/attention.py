@@ -15,9 +15,9 @@ from sfumato.ops.basic import Scales, Value, factor_words, matmul, scale
 from sfumato.ops.elementary import HEADROOM_BITS, with_frac
 from sfumato.ops.look import Look
 from sfumato.ops.masks import lowered, raised, score_masks
-from sfumato.ops.opened import bounds_of_tiles, exp_of, in_turns, known_bits
+from sfumato.ops.opened import exp_of, known_bits
 from sfumato.ops.softmax import WEIGHT_FRAC, SoftmaxPlan, kept, row_product, row_weights, weighed
-from sfumato.ops.tiles import DEFAULT_TILES, ceil_log2, concatenate, narrow, pieces
+from sfumato.ops.tiles import DEFAULT_TILES, bounds_of_tiles, ceil_log2, concatenate, in_turns, narrow, pieces
 from sfumato.protocol.base import Protocol, Unclosed
 from sfumato.ring import kernels
 from sfumato.session.session import Branch, Session

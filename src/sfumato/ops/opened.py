@@ -8,7 +8,6 @@ docs/design/014. Pieces are those of :mod:`sfumato.ops.tiles`: roles rotate from
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,17 +17,14 @@ from sfumato.ops.activation import SmoothPlan
 from sfumato.ops.basic import AS_GIVEN, Scales, Short, at_scale
 from sfumato.ops.elementary import ExpPlan, core_and_squarings
 from sfumato.ops.look import Look
-from sfumato.ops.tiles import DEFAULT_TILES, Tiles, concatenate, narrow
+from sfumato.ops.tiles import bounds_of_tiles, concatenate, in_turns, narrow
 from sfumato.protocol.base import Protocol, Unclosed
 from sfumato.ring import kernels
 from sfumato.ring.fixed import encode
 from sfumato.session.session import Branch, Session
 from sfumato.types import Ring, Shared
 
-__all__ = ["bounds_of_tiles", "curve_of_linear", "exp_of", "in_turns", "known_bits"]
-
-#: What is made of a piece of a product instead of closing it.
-Function = Callable[[Session, Unclosed], Awaitable[Shared]]
+__all__ = ["curve_of_linear", "exp_of", "known_bits"]
 
 
 def known_bits(ring_bits: int, left: int, right: int, out: int) -> int:
@@ -36,27 +32,6 @@ def known_bits(ring_bits: int, left: int, right: int, out: int) -> int:
     ``out`` of the argument; 0 if nothing could be dropped."""
     drop = left + right - out
     return ring_bits - drop if 0 <= drop < ring_bits else 0
-
-
-def bounds_of_tiles(length: int, numel: int, tiles: Tiles = DEFAULT_TILES) -> list[tuple[int, int]]:
-    """Pieces of an axis of ``length``, of a result of ``numel`` elements: one, or a multiple of three small enough."""
-    if numel < tiles.smallest or length < 3:
-        return [(0, length)]
-    count = min(3 * -(-numel // (3 * tiles.elements)), length - length % 3)
-    return [(length * i // count, length * (i + 1) // count) for i in range(count)]
-
-
-async def in_turns(s: Session, pieces: Sequence[Branch]) -> list[Shared]:
-    """Three pieces at a time share rounds, each with its roles rotated by one more turn."""
-    done: list[Shared] = []
-    for g in range(0, len(pieces), 3):
-        session = s.fork(f"tiles{g // 3}") if len(pieces) > 3 else s
-
-        def turned(turn: int, piece: Branch) -> Branch:
-            return lambda child: piece(child.fork("turn", turn=child.turn + turn))
-
-        done += await session.gather(*(turned(i, piece) for i, piece in enumerate(pieces[g : g + 3])))
-    return done
 
 
 def _watched(look: Look | None, part: str, s: Session, x: Unclosed) -> Unclosed:

@@ -7,8 +7,7 @@ import math
 import torch
 
 from sfumato.ops.basic import AS_GIVEN, Scales, at_scale
-from sfumato.ops.opened import in_turns
-from sfumato.ops.tiles import DEFAULT_TILES, Tiles, concatenate, narrow, thirds
+from sfumato.ops.tiles import DEFAULT_TILES, Tiles, concatenate, in_turns, narrow, thirds
 from sfumato.protocol.base import Protocol
 from sfumato.ring import kernels
 from sfumato.session.session import Branch, Session

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from sfumato.protocol.base import Protocol
-from sfumato.session.session import Session
+from sfumato.session.session import Branch, Session
 from sfumato.types import Shared
 
 __all__ = [
     "DEFAULT_TILES",
     "Tiles",
+    "bounds_of_tiles",
     "ceil_log2",
     "concatenate",
     "elementwise",
     "in_thirds",
+    "in_turns",
     "narrow",
     "pieces",
     "thirds",
@@ -74,23 +76,39 @@ async def elementwise(
         return await step(s, *xs)
     flat = [p.linear(lambda part: part.reshape(-1), x) for x in xs]
     groups = -(-count // (3 * tiles.elements))
-    done: list[Shared] = []
-    for g, (low, high) in enumerate(_bounds(count, groups)):
-        session = s.fork(f"tiles{g}") if groups > 1 else s
-        pieces = [[_cut(p, x, low + a, low + b) for x in flat] for a, b in _bounds(high - low, 3)]
-        done += await in_thirds(session, step, pieces)
+    ends = [(low + a, low + b) for low, high in _bounds(count, groups) for a, b in _bounds(high - low, 3)]
+    done = await in_thirds(s, step, [[_cut(p, x, *cut) for x in flat] for cut in ends])
     whole = concatenate(p, done, -1)
     return p.linear(lambda part: part.reshape(*whole.shape[:-1], *shape), whole)
 
 
 async def in_thirds(s: Session, step: Step, pieces: Sequence[Sequence[Shared]]) -> list[Shared]:
-    """Run ``step(session, *piece)`` for each piece at once, each with its roles rotated by one more turn."""
+    """Run ``step(session, *piece)`` for each piece, as :func:`in_turns` does."""
 
-    def branch(turn: int, piece: Sequence[Shared]) -> Callable[[Session], Coroutine[Any, Any, Shared]]:
-        return lambda child: step(child.fork("turn", turn=s.turn + turn), *piece)
+    def branch(piece: Sequence[Shared]) -> Branch:
+        return lambda child: step(child, *piece)
 
-    results: list[Shared] = await s.gather(*(branch(i, piece) for i, piece in enumerate(pieces)))
-    return results
+    return await in_turns(s, [branch(piece) for piece in pieces])
+
+
+async def in_turns(s: Session, pieces: Sequence[Branch]) -> list[Shared]:
+    """Three pieces at a time share rounds, each with its roles rotated by one more turn."""
+
+    def turned(turn: int, piece: Branch) -> Branch:
+        return lambda child: piece(child.fork("turn", turn=child.turn + turn))
+
+    done: list[Shared] = []
+    for g in range(0, len(pieces), 3):
+        session = s.fork(f"tiles{g // 3}") if len(pieces) > 3 else s
+        done += await session.gather(*(turned(i, piece) for i, piece in enumerate(pieces[g : g + 3])))
+    return done
+
+
+def bounds_of_tiles(length: int, numel: int, tiles: Tiles = DEFAULT_TILES) -> list[tuple[int, int]]:
+    """Pieces of an axis of ``length``, of a result of ``numel`` elements: one, or a multiple of three small enough."""
+    if numel < tiles.smallest or length < 3:
+        return [(0, length)]
+    return _bounds(length, min(3 * -(-numel // (3 * tiles.elements)), length - length % 3))
 
 
 def _cut(p: Protocol, x: Shared, start: int, stop: int) -> Shared:
