@@ -98,10 +98,9 @@ class Samples:
         self._random = dict(zip(names, words.numpy() & _POSITIVE, strict=True))
         self._path = path
         self._found: dict[str, Shared] = {}
-        self._blocks: dict[str, int] = {}
-        self._pieces: dict[
-            str, dict[str, tuple[Tensor, Shared]]
-        ] = {}  # by part and path: priorities and samples
+        self._blocks: dict[tuple[str, str], int] = {}
+        # By part and path: priorities and samples.
+        self._pieces: dict[str, dict[str, tuple[Tensor, Shared]]] = {}
 
     def look(self, node: Node, value: Callable[[str], Any]) -> None:
         """Keep elements of a call's argument or result. Local; the positions are public and differ by call."""
@@ -112,29 +111,15 @@ class Samples:
 
     def look_inside(self, node: Node, part: str, value: Shared) -> None:
         """Keep elements of a value inside a call; where it comes in blocks, each sample is from any of them."""
-        key = f"{node.name}.{part}"
-        watch = self._plan.watches.get(key)
-        if watch is None:
-            return
-        block = self._blocks[key] = self._blocks.get(key, 0) + 1
-        if block == 1:
-            self._found[key] = self._picked(key, value, watch.frac)
-            return
-        if key in self._every:
-            kept, more = self._found[key], self._picked(key, value, watch.frac)
-            self._found[key] = self._protocol.linear(lambda *parts: torch.cat(parts), kept, more)
-            return
-        words = stream_words(_PUBLIC, f"{self._path}|{key}|{block}", Z64, (2, SAMPLES)).numpy() & _POSITIVE
-        self._random[key] = words[0]
-        fresh = torch.from_numpy(words[1] % block == 0)
-        self._found[key] = self._protocol.linear(
-            lambda new, old: torch.where(fresh.to(new.device), new, old),
-            self._picked(key, value, watch.frac), self._found[key],
-        )  # fmt: skip
+        block = self._blocks[node.name, part] = self._blocks.get((node.name, part), 0) + 1
+        sampler = self.sampler(node, part, f"{self._path}|{block}", value.type.numel)
+        if sampler is not None:
+            pick, seen = sampler
+            seen(self._protocol.linear(pick, value))
 
     def sampler(self, node: Node, part: str, path: str, count: int) -> Sampler | None:
-        """(pick, seen) for a piece of a value inside a call that is never at hand as shares; ``path`` tells pieces
-        apart. Of several pieces each sample is from any, by public priorities, in whatever order they come."""
+        """(pick, seen) for a piece of a value inside a call, also one that is never at hand as shares; ``path`` tells
+        pieces apart. Of several pieces each sample is from any, by public priorities, in whatever order they come."""
         key = f"{node.name}.{part}"
         watch = self._plan.watches.get(key)
         if watch is None:
