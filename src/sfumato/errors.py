@@ -9,6 +9,7 @@
     ├── ProtocolError     a path used twice, a handshake that differs, a broken invariant between parties
     ├── LinkError         a peer is gone, silent, or sends what is not a frame; names peer and path
     ├── JobError          a request that cannot be served (unknown name, bad argument, refused by policy)
+    ├── BudgetExceeded    a privacy budget (ε, δ) that a training would pass
     └── InsecureError     a protocol without secrecy was asked of real parties
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "BudgetExceeded",
     "CaptureError",
     "InsecureError",
     "JobError",
@@ -59,6 +61,10 @@ class LinkError(SfumatoError):
 
 class JobError(SfumatoError):
     """A request that the runtime cannot or may not serve."""
+
+
+class BudgetExceeded(SfumatoError):
+    """More private training was asked than the privacy budget allows."""
 
 
 class InsecureError(SfumatoError):

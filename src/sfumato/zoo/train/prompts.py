@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 
 from transformers import CLIPTokenizer
@@ -87,14 +88,15 @@ def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
                 at += 1
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP tokenizer whose merges cover the training prompts; any other text falls back to bytes."""
+def make_tokenizer(prompts: Iterable[str] | None = None) -> CLIPTokenizer:
+    """CLIP tokenizer whose merges cover the prompts (of all classes if none are given); other text falls back to bytes."""
     splitter = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
     words: Counter[str] = Counter()
-    for label in range(20):
-        for prompt in class_prompts(label):
-            split = splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(prompt))
-            words.update(word for word, _ in split)
+    if prompts is None:
+        prompts = [prompt for label in range(20) for prompt in class_prompts(label)]
+    for prompt in prompts:
+        split = splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(prompt))
+        words.update(word for word, _ in split)
     merges = _learn_merges(words)
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges)]

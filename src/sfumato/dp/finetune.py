@@ -1,0 +1,233 @@
+"""DP fine-tuning of a latent-diffusion folder on private images: plan, account, train, checkpoint, publish.
+
+A run lives in a folder of its own, which the data holder keeps: the ledger, the key of the commitment, the last
+checkpoint. Published is only its ``model`` folder, an ordinary pipeline with the ledger beside it.
+
+*Crash safety.* Steps are reserved in the ledger, on the disk, before they run (`ledger`), an interval at a time. A run
+that was killed goes on from its last checkpoint with what the plan has left: an interval's steps may be lost, their
+privacy is charged all the same. A new process draws coins and noise under fresh keys, so no noise is used twice.
+
+*What is seen while it runs.* Step counts and ε, nothing that depends on a record: the loss of private images is
+nowhere printed, logged or kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from sfumato.dp.data import Records, fit
+from sfumato.dp.gradients import validate
+from sfumato.dp.ledger import Ledger, Register
+from sfumato.dp.parts import Parts, encode, load_parts
+from sfumato.dp.randomness import SecretStream
+from sfumato.dp.recipe import Recipe
+from sfumato.dp.sources import (
+    Seen,
+    Sources,
+    commitment,
+    fingerprint,
+    private_key,
+    read_sources,
+    refuse_overlap,
+)
+from sfumato.dp.trainable import Choice, choose, merge
+from sfumato.dp.trainer import Trainer, poisson_batch
+from sfumato.errors import JobError
+from sfumato.zoo.train.build import save_pipeline
+from sfumato.zoo.train.loop import rank
+
+__all__ = ["MODEL", "Run", "finetune"]
+
+MODEL, LEDGER, KEY, STATE = "model", "ledger.json", "private.key", "checkpoint.pt"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished fine-tuning: its ledger, and the folder that may be published."""
+
+    ledger: Ledger
+    model: Path
+
+
+def finetune(
+    public: Path,
+    records: Records,
+    recipe: Recipe,
+    out: Path,
+    *,
+    declared: Sequence[str] = (),
+    register: Path | None = None,
+    limit_epsilon: float | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Run:
+    """Fine-tune the pipeline in ``public`` on ``records`` with the guarantee of ``recipe``, into the folder ``out``.
+
+    An unfinished run in ``out`` goes on; it must be of the same recipe, public start and records. Under ``torchrun``
+    every process calls this alike; rank 0 accounts, adds noise and writes.
+
+    Args:
+        declared: what the public model has seen, where its folder does not say (then nothing can be checked).
+        register, limit_epsilon: the data holder's list of runs on this data, and the most that all may cost together.
+
+    Raises:
+        JobError: before any training, in one sentence: data or model that do not fit, layers that mix records, public
+            sources that hold private images, a budget that no noise reaches, accountants that disagree.
+        BudgetExceeded: the budget, or the limit of all runs, would be passed.
+    """
+    told: Progress = progress or (lambda what, done, of: None)
+    parts = load_parts(public)
+    _check(parts, records, out)
+    prints = fingerprint(records.images)
+    sources = read_sources(public, declared)
+    refuse_overlap(sources, prints)
+    choice = choose(parts.unet, parts.text_encoder, what=recipe.what, first=recipe.first, rank=recipe.rank)
+    validate(parts.denoiser())
+    event = recipe.event(len(records))
+    if not rank():
+        out.mkdir(parents=True, exist_ok=True)
+    key = _key(out / KEY if register is None else register.with_suffix(".key"))
+    planned = Ledger(
+        epsilon=recipe.epsilon,
+        delta=recipe.delta,
+        event=event,
+        clip=recipe.clip,
+        records=len(records),
+        expected_batch=float(recipe.batch),
+        trained=choice.describe(),
+        public=sources.digests(),
+        private=commitment(prints, key),
+        recipe=recipe.to_json(),
+    )
+    ledger = _resumed(planned, out / LEDGER)
+    ledger.verify()
+    if register is not None and not rank():
+        Register(register).charge(ledger, limit_epsilon)
+
+    told("encode", 0, len(records))
+    latents = encode(parts, fit(records.images, parts.channels, parts.side))
+    stream = SecretStream()
+    coins = stream.child("coins")
+    trainer = Trainer(
+        parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
+        noise_multiplier=event.noise_multiplier, steps=event.steps, stream=stream.child("noise"), device=device,
+    )  # fmt: skip
+    if (out / STATE).is_file():
+        trainer.restore(torch.load(out / STATE, weights_only=True, map_location=device))
+    # What a crash lost counts as run, for the rate's decay too.
+    trainer.step_number = ledger.reserved
+    while ledger.left:
+        block = min(recipe.interval, ledger.left)
+        ledger = ledger.reserve(block)
+        _keep(ledger, out / LEDGER)
+        for _ in range(block):
+            trainer.step(poisson_batch(coins, len(records), event.sample_rate))
+            told("steps", trainer.step_number, event.steps)
+        if not rank():
+            _save(trainer.state(), out / STATE)
+        ledger = ledger.complete(block)
+        _keep(ledger, out / LEDGER)
+    trainer.use_average()
+    ledger = ledger if ledger.ended else ledger.finish()
+    _keep(ledger, out / LEDGER)
+    if not rank():
+        _publish(parts, choice, sources, ledger, out / MODEL)
+    return Run(ledger, out / MODEL)
+
+
+def _check(parts: Parts, records: Records, out: Path) -> None:
+    if parts.tokenizer is None and len(records.captions) > 1:
+        raise JobError(
+            "this pipeline takes no prompts, but the images have captions; name a text-to-image pipeline, or train "
+            "without captions (--unconditional)"
+        )
+    if parts.tokenizer is not None and records.captions != ("",):
+        ids = parts.ids(records.captions)
+        assert ids is not None
+        if len(ids.unique(dim=0)) < len(records.captions):
+            raise JobError(
+                "two captions are the same to the model's tokenizer (too long, or unknown words); shorten or reword them"
+            )
+    if out.exists() and not out.is_dir():
+        raise JobError(f"{out} is a file; name a folder for this run")
+
+
+def _key(path: Path) -> bytes:
+    """The data holder's key; rank 0 makes it where there is none. With a register it belongs to that: only under one
+    key can a data set's runs be added up."""
+    if not rank():
+        private_key(path)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+    return private_key(path)
+
+
+def _resumed(planned: Ledger, path: Path) -> Ledger:
+    """The ledger on the disk if it is of the same plan, else the new one.
+
+    Raises:
+        JobError: the folder holds a run of something else.
+    """
+    if not path.is_file():
+        return planned
+    held = Ledger.read(path)
+    # The noise found again may differ in its last digit between versions of the accountants; the plan that holds is
+    # the one that was begun with.
+    differs = [
+        name
+        for name in ("epsilon", "delta", "clip", "records", "trained", "private", "recipe")
+        if getattr(held, name) != getattr(planned, name)
+    ]
+    if dict(held.public) != dict(planned.public):
+        differs.append("public start")
+    if differs:
+        raise JobError(
+            f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same, or start in a new folder"
+        )
+    return held
+
+
+def _keep(ledger: Ledger, path: Path) -> None:
+    if not rank():
+        ledger.write(path)
+    if distributed.is_available() and distributed.is_initialized():
+        # No process runs a step before it is on the disk.
+        distributed.barrier()
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    draft = path.with_suffix(".part")
+    with open(draft, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _publish(parts: Parts, choice: Choice, sources: Sources, ledger: Ledger, folder: Path) -> None:
+    """The pipeline as diffusers saves it, adapters merged, with ledger and sources beside it."""
+    parts.unet.to("cpu")
+    if choice.rank is not None:
+        merge(parts.unet)
+    if parts.tokenizer is not None:
+        save_pipeline(parts.pipeline, folder)
+    else:
+        parts.pipeline.save_pretrained(folder, safe_serialization=True)
+    note = f"epsilon {ledger.epsilon:g}, delta {ledger.delta:g}: see ledger.json"
+    Sources((*sources.seen, Seen.declared(f"private images of run {ledger.run}", note))).write(folder)
+    ledger.write(folder / LEDGER)
+
+
+def strip_records(ledger: Ledger) -> Ledger:
+    """The ledger with N rounded down to two digits, for those to whom even the number of records is private."""
+    digits = max(0, len(str(ledger.records)) - 2)
+    rounded = max(1, ledger.records // 10**digits * 10**digits)
+    return replace(ledger, records=rounded, expected_batch=ledger.event.sample_rate * rounded)

@@ -1,0 +1,205 @@
+"""Pre-training on public images: an autoencoder, then a latent diffusion model with its text encoder.
+
+The first two of DP-LDM's three steps (papers/dp-latent-diffusion 1.1). No private image is read here, so nothing here
+costs privacy; what was read is written beside the model (`sources`), and fine-tuning refuses private data that occurs
+in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sfumato.dp.public import Mixture
+from sfumato.zoo.train.loop import channels_last, run
+from sfumato.zoo.train.prompts import MAX_LENGTH, make_tokenizer
+
+__all__ = ["make_autoencoder", "make_pipeline", "make_unet", "train_autoencoder", "train_denoiser"]
+
+KL_WEIGHT = 1e-5
+WIDTH_TEXT = 64
+SNR_LIMIT = 5.0
+
+
+def make_autoencoder(channels: int) -> AutoencoderKL:
+    """Autoencoder of ``channels`` x 32 x 32 to 4 x 4 x 4 without attention, 0.5 M parameters."""
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """U-Net on 4 x 4 x 4, 64 channels, a transformer block (self-, cross-attention, GEGLU) after each residual one:
+    1.0 M parameters, 0.37 M of them attention modules."""
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=WIDTH_TEXT,
+        attention_head_dim=2,
+        act_fn="silu",
+        use_linear_projection=True,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """One-layer CLIP text model."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH_TEXT,
+            projection_dim=WIDTH_TEXT,
+            intermediate_size=2 * WIDTH_TEXT,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_pipeline(vae: AutoencoderKL, captions: tuple[str, ...]) -> StableDiffusionPipeline:
+    """Untrained pipeline around a trained autoencoder. Predicts v (Salimans and Ho 2022): at every noise level a target
+    of one size, so that no timestep's gradients fill the clip alone."""
+    tokenizer = make_tokenizer(captions)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=make_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def train_autoencoder(
+    public: Mixture, checkpoint: Path, minutes: float, *, batch: int = 64, channels: int = 1
+) -> AutoencoderKL:
+    """Squared and absolute error and a KL term, for ``minutes`` of a core; the scaling factor from *public* latents."""
+    torch.manual_seed(0)
+    vae = channels_last(make_autoencoder(channels))
+    generator = torch.Generator().manual_seed(1)
+
+    def step(number: int) -> Tensor:
+        generator.manual_seed(1_000_000 + number)
+        images = _signed(public.draw(batch, generator)[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        decoded = decoded.float()
+        error = functional.mse_loss(decoded, images) + 0.3 * functional.l1_loss(decoded, images)
+        return error + KL_WEIGHT * posterior.kl().float().mean()
+
+    average = run("autoencoder", vae, step, checkpoint, minutes, peak=2e-3, decay=0.995)
+    vae.load_state_dict(average.state)
+    vae.eval()
+    with torch.no_grad():
+        images = _signed(public.draw(2000, generator.manual_seed(5))[0])
+        latents = torch.cat([vae.encode(part).latent_dist.sample() for part in images.split(250)])
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    return vae
+
+
+def _signed(images: Tensor) -> Tensor:
+    return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+class _Denoiser(nn.Module):
+    """U-Net and text encoder as one module."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy: Tensor, times: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(noisy, times, self.text_encoder(ids).last_hidden_state).sample
+
+
+def train_denoiser(
+    pipeline: StableDiffusionPipeline,
+    public: Mixture,
+    checkpoint: Path,
+    minutes: float,
+    *,
+    batch: int = 256,
+    pool: int = 120_000,
+    peak: float = 2e-3,
+    drop: float = 0.1,
+) -> None:
+    """Train U-Net and text encoder in place on ``pool`` latents, for ``minutes`` of a core; ``drop``: share of empty
+    prompts, for guidance."""
+    latents, labels = _pool(pipeline.vae, public, pool)
+    captions = [*public.captions, ""]
+    ids = torch.tensor(
+        pipeline.tokenizer(
+            captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True
+        ).input_ids
+    )
+    model = _Denoiser(pipeline.unet, pipeline.text_encoder)
+    alphas = pipeline.scheduler.alphas_cumprod
+    generator = torch.Generator()
+
+    def step(number: int) -> Tensor:
+        generator.manual_seed(2_000_000 + number)
+        rows = torch.randint(0, len(latents), (batch,), generator=generator)
+        times = torch.randint(0, len(alphas), (batch,), generator=generator)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator)
+        kept = torch.rand(batch, generator=generator) >= drop
+        a = alphas[times][:, None, None, None]
+        clean = latents[rows]
+        guess = model(a.sqrt() * clean + (1 - a).sqrt() * noise, times,
+                      ids[torch.where(kept, labels[rows], len(captions) - 1)])  # fmt: skip
+        return functional.mse_loss(guess, a.sqrt() * noise - (1 - a).sqrt() * clean)
+
+    average = run("denoiser", model, step, checkpoint, minutes, peak=peak, decay=0.999)
+    model.load_state_dict(average.state)
+    model.eval()
+
+
+@torch.no_grad()
+def _pool(vae: Any, public: Mixture, count: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents, one posterior sample of each of ``count`` public images, and their captions."""
+    generator = torch.Generator().manual_seed(3)
+    parts, labels = [], []
+    for start in range(0, count, 500):
+        images, captions = public.draw(min(500, count - start), generator)
+        posterior = vae.encode(_signed(images)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        parts.append((posterior.mean + posterior.std * noise) * vae.config.scaling_factor)
+        labels.append(captions)
+    return torch.cat(parts).contiguous(), torch.cat(labels)

@@ -1,0 +1,127 @@
+"""Sampling many images from a latent-diffusion folder: post-processing of its weights, which costs no privacy."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.dp.data import Records
+from sfumato.dp.parts import Parts, decode
+from sfumato.errors import JobError
+
+__all__ = ["draw", "grid", "save_samples"]
+
+
+@torch.no_grad()
+def draw(
+    parts: Parts,
+    captions: Sequence[str],
+    labels: Tensor,
+    *,
+    steps: int = 25,
+    guidance: float = 1.0,
+    eta: float = 1.0,
+    seed: int = 0,
+    batch: int = 500,
+    precision: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Records:
+    """One image for each of ``labels`` (N,), which index ``captions``.
+
+    Args:
+        steps: of the folder's own scheduler (DDIM: ``eta`` 1 is stochastic, as DP-LDM samples; papers 1.3).
+        guidance: weight of the caption; 1 samples without guidance and calls the U-Net once a step.
+        seed: same seed, same images (on one machine).
+        precision: of the U-Net's and decoder's arithmetic, "float32" or "bfloat16".
+
+    Raises:
+        JobError: a label without a caption, or a step count below 1.
+    """
+    if steps < 1 or guidance <= 0:
+        raise JobError(f"steps ({steps}) and guidance ({guidance}) are positive")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < max(1, len(captions)):
+        raise JobError(f"a label is {int(labels.max())}, but there are {len(captions)} captions")
+    parts.unet.eval()
+    parts.vae.eval()
+    denoiser = parts.denoiser().eval()
+    texts = _texts(parts, [*captions, ""])
+    scheduler = parts.scheduler
+    extra = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    generator = torch.Generator()
+    narrow: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    images = []
+    for number, part in enumerate(labels.split(batch)):
+        # A generator of each batch by itself: a longer run begins with the images of a shorter one.
+        generator.manual_seed(seed * 1_000_003 + number)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(len(part), *parts.latent_shape, generator=generator) * scheduler.init_noise_sigma
+        for time in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, time)
+            with narrow:
+                guess = _guess(denoiser, seen, time, texts, part, guidance)
+            x = scheduler.step(guess.float(), time, x, generator=generator, **extra).prev_sample
+        with narrow:
+            images.append(decode(parts, x))
+        if progress is not None:
+            progress(min(len(labels), (number + 1) * batch), len(labels))
+    none = torch.empty(0, parts.channels, parts.side, parts.side, dtype=torch.uint8)
+    return Records(torch.cat([none, *images]), labels, tuple(captions))
+
+
+def _texts(parts: Parts, captions: Sequence[str]) -> Tensor | None:
+    """Text embeddings (len(captions), tokens, width), once for all images."""
+    ids = parts.ids(captions)
+    return None if ids is None else parts.text_encoder(ids).last_hidden_state
+
+
+def _guess(
+    denoiser: Any, x: Tensor, time: Tensor, texts: Tensor | None, labels: Tensor, guidance: float
+) -> Tensor:
+    if texts is None:
+        return denoiser.unet(x, time).sample
+    own = texts[labels]
+    if guidance == 1.0:
+        return denoiser.unet(x, time, own).sample
+    both = torch.cat([own, texts[-1:].expand(len(own), -1, -1)])
+    with_text, without = denoiser.unet(torch.cat([x, x]), time, both).sample.chunk(2)
+    return without + guidance * (with_text - without)
+
+
+def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """Bytes (N, C, H, W) as one picture, row by row, ``columns`` a row."""
+    count, channels, high, wide = images.shape
+    rows = -(-count // columns)
+    canvas = torch.zeros(rows * columns, channels, high, wide, dtype=torch.uint8)
+    canvas[:count] = images
+    joined = (
+        canvas.view(rows, columns, channels, high, wide)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(rows * high, columns * wide, channels)
+    )
+    array = joined.numpy()
+    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+    return (
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        if scale > 1
+        else picture
+    )
+
+
+def save_samples(samples: Records, path: Path) -> Path:
+    """As an .npz that `data.read_records` reads: ``images`` (N, H, W[, C]) bytes, ``labels``, ``captions``."""
+    images = samples.images.permute(0, 2, 3, 1).numpy()
+    np.savez_compressed(
+        path,
+        images=images[..., 0] if images.shape[-1] == 1 else images,
+        labels=samples.labels.numpy(),
+        captions=np.array(samples.captions, dtype=np.str_),
+    )
+    return path
