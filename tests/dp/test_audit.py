@@ -103,6 +103,7 @@ def test_the_shipped_step_passes_and_the_audit_shows_something() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 20,000 steps, about a minute of one idle core
 def test_the_shipped_step_passes_with_ten_thousand_trials() -> None:
     audit = audit_step(Shipped, trials=10_000)
     assert audit.verdict == "consistent"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -297,9 +296,9 @@ def test_misuse_is_refused() -> None:
         )
 
 
-def train_apart(rank: int, port: int, results: object) -> None:
+def train_apart(rank: int, meeting: Path, results: object) -> None:
     """One of two processes: its records' gradients are rank + 1, and rank 1 has no noise of its own."""
-    store = distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    store = distributed.FileStore(str(meeting), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     module = given_gradients(torch.full((2, 1_000), 1e-4 * (rank + 1)))
     optimizer = private(module, noise_multiplier=1.0, expected_batch=8, stream=stream(rank))
@@ -309,13 +308,12 @@ def train_apart(rank: int, port: int, results: object) -> None:
     distributed.destroy_process_group()
 
 
-def test_several_processes_make_one_step_with_noise_once() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_several_processes_make_one_step_with_noise_once(tmp_path: Path) -> None:
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
-    workers = [context.Process(target=train_apart, args=(rank, port, results)) for rank in range(2)]
+    workers = [
+        context.Process(target=train_apart, args=(rank, tmp_path / "meeting", results)) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     found = dict(results.get(timeout=60) for _ in workers)

@@ -110,7 +110,9 @@ def check(spent: Spent) -> None:
     if math.inf == spent.prv == spent.pld == spent.rdp:
         return
     absolute, relative = _TOLERANCE
-    if not abs(spent.prv - spent.pld) <= max(absolute, relative * spent.epsilon):  # also catches nan
+    if not abs(spent.prv - spent.pld) <= max(
+        absolute, relative * min(spent.prv, spent.pld)
+    ):  # also catches nan
         raise JobError(
             f"the accountants disagree (PRV {spent.prv:.4f}, PLD {spent.pld:.4f}); change the noise, the sample rate "
             "or the steps, and report this"

@@ -95,7 +95,7 @@ def epsilon_from_counts(counts: Counts, delta: float, confidence: float = CONFID
 
     *Domain*: independent trials; a threshold (and an attack) chosen without looking at these trials. *Error*: above the
     true ε with probability at most 1 - confidence, half of which goes to each rate. Without any error in n trials a
-    side it is about ln(n / 3.7) at 95 %, so it cannot reach a large ε. *Source*: [AuditSGD] 4.
+    side it is about ln(n / 3.7) at 95 %, so it cannot reach a large ε. *Source*: [AuditSGD].
     """
     return float(_epsilon(*_upper_rates(counts, confidence), delta))
 
@@ -106,7 +106,7 @@ def gaussian_epsilon_bound(counts: Counts, delta: float, confidence: float = CON
 
     *Domain*: as `epsilon_from_counts`, and a mechanism whose trade-off curve is a Gaussian's: *one* step of the
     Gaussian mechanism on the whole data (sample rate 1), or several of them. With subsampling it is a heuristic and may
-    be above the true ε. *Error*: above the true ε with probability at most 1 - confidence. *Source*: [GDP] 2 for μ;
+    be above the true ε. *Error*: above the true ε with probability at most 1 - confidence. *Source*: [GDP] for μ;
     [TightAudit] for the audit with it.
     """
     return epsilon_of_gaussian(float(_mu(*_upper_rates(counts, confidence))), delta)
@@ -175,7 +175,7 @@ def one_run_p_value(epsilon: float, *, guesses: int, correct: int, canaries: int
 
     *Domain*: ``canaries`` records, each in the training with probability ½ by its own coin; the attack guesses of
     ``guesses`` of them whether they were in, and abstains on the rest. *Error*: an upper bound, exact at δ = 0 (every
-    guess is right as if by randomised response). *Source*: [OneRun] 5.
+    guess is right as if by randomised response). *Source*: [OneRun].
     """
     chance = special.expit(epsilon)
     tail = float(stats.binom.sf(correct - 1, guesses, chance))

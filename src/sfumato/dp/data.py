@@ -27,11 +27,13 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Records:
-    """``images`` (N, C, H, W) bytes; ``labels`` (N,): which of ``captions`` belongs to each."""
+    """``images`` (N, C, H, W) bytes; ``labels`` (N,): which of ``captions`` belongs to each. ``classes``: the captions
+    name classes, so they may be told; texts of single images are as private as these."""
 
     images: Tensor
     labels: Tensor
     captions: tuple[str, ...]
+    classes: bool = True
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
@@ -52,7 +54,7 @@ class Records:
 
     def first(self, count: int) -> Records:
         """The first ``count`` records."""
-        return Records(self.images[:count], self.labels[:count], self.captions)
+        return Records(self.images[:count], self.labels[:count], self.captions, self.classes)
 
     def without_captions(self) -> Records:
         """The same images for unconditional training: every caption empty."""
@@ -87,8 +89,8 @@ def read_records(path: Path, *, captions: Sequence[str] = (), split: str = "trai
 
 
 def fit(images: Tensor, channels: int, side: int) -> Tensor:
-    """Bytes (N, C, H, W) as the model takes them, (N, channels, side, side): grey from colour or copied to it; 28 pixels
-    padded with black to 32, other sizes resized."""
+    """Bytes (N, C, H, W) as the model takes them, (N, channels, side, side): grey from colour or copied to it; 28
+    pixels padded with black to 32, other sizes resized."""
     if images.shape[1] != channels:
         if channels == 1:
             weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -173,7 +175,7 @@ def _captioned(path: Path) -> Records:
         raise JobError(f"{path / 'metadata.jsonl'} names no images")
     captions = tuple(dict.fromkeys(texts))
     numbers = {text: k for k, text in enumerate(captions)}
-    return Records(_stacked(files), torch.tensor([numbers[text] for text in texts]), captions)
+    return Records(_stacked(files), torch.tensor([numbers[text] for text in texts]), captions, False)
 
 
 def _idx(path: Path, captions: Sequence[str], split: str) -> Records:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -98,7 +98,9 @@ def _checked(images: Tensor, labels: Tensor, least: int = 1) -> None:
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise JobError(f"images are (count, channels, size, size), not {tuple(images.shape)}")
     if labels.shape != images.shape[:1]:
-        raise JobError(f"{len(images)} images came with {tuple(labels.shape)} labels; give one label an image")
+        raise JobError(
+            f"{len(images)} images came with {tuple(labels.shape)} labels; give one label an image"
+        )
     if len(images) < least:
         raise JobError(f"{len(images)} images are too few; give at least {least}")
 
@@ -376,7 +378,9 @@ def copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Copies:
     """
     shapes = {tuple(x.shape[1:]) for x in (samples, training, held_out)}
     if len(shapes) > 1 or not all(len(x) for x in (samples, training, held_out)):
-        raise JobError(f"the three sets of images must be of one shape and none empty, not of {sorted(shapes)}")
+        raise JobError(
+            f"the three sets of images must be of one shape and none empty, not of {sorted(shapes)}"
+        )
     ours, theirs = nearest(samples, training).double(), nearest(held_out, training).double()
     at = torch.tensor([0.0, 0.01, 0.5], dtype=torch.float64)
     low, one, half = theirs.quantile(at).tolist()

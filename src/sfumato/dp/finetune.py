@@ -105,7 +105,7 @@ def finetune(
         trained=choice.describe(),
         public=sources.digests(),
         private=commitment(prints, key),
-        recipe=recipe.to_json(),
+        recipe={**recipe.to_json(), **({"captions": list(records.captions)} if records.classes else {})},
     )
     ledger = _resumed(planned, out / LEDGER)
     ledger.verify()
@@ -154,7 +154,7 @@ def _check(parts: Parts, records: Records, out: Path) -> None:
         assert ids is not None
         if len(ids.unique(dim=0)) < len(records.captions):
             raise JobError(
-                "two captions are the same to the model's tokenizer (too long, or unknown words); shorten or reword them"
+                "two captions are the same to the model's tokenizer (too long, or odd words); shorten or reword them"
             )
     if out.exists() and not out.is_dir():
         raise JobError(f"{out} is a file; name a folder for this run")
@@ -190,7 +190,7 @@ def _resumed(planned: Ledger, path: Path) -> Ledger:
         differs.append("public start")
     if differs:
         raise JobError(
-            f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same, or start in a new folder"
+            f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same or in a new folder"
         )
     return held
 

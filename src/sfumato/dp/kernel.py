@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.errors import JobError
-from sfumato.zoo.train.loop import Average, channels_last, learning_rate
+from sfumato.zoo.train.loop import Average, learning_rate
 
 from .accountant import Event, noise_multiplier
 from .randomness import SecretStream
@@ -42,7 +42,7 @@ class KernelSettings:
     ``counted`` is the share of the squared norm that counts records.
     """
 
-    frequencies: int = 12_000
+    frequencies: int = 6_000
     block: int = 1_000
     windows: tuple[tuple[float, float], ...] = ((1.0, 0.5), (0.5, 0.5))
     narrow: float = 0.1
@@ -89,35 +89,28 @@ class RandomFeatures(nn.Module):
 
 
 class Generator(nn.Module):
-    """Normal noise and a class to images (N, C, S, S) in [0, 1]: a linear layer, then two doublings with 3x3
-    convolutions."""
+    """Normal noise and a class to images (N, C, S, S) in [0, 1], by two hidden layers.
 
-    def __init__(self, noise: int, classes: int, channels: int, size: int) -> None:
+    Linear layers, not convolutions: in the same CPU time they take four times as many steps, and what they make was
+    better on Fashion-MNIST (classifier 70 % against 66 %, 20 CPU seconds of training each, without noise).
+    """
+
+    def __init__(self, noise: int, classes: int, shape: tuple[int, int, int], width: int = 512) -> None:
         super().__init__()
-        self.noise, self.classes, self.quarter = noise, classes, size // 4
-        self.start = nn.Sequential(
-            nn.Linear(noise + classes, 256),
-            nn.BatchNorm1d(256),
+        self.noise, self.classes, self.shape = noise, classes, shape
+        self.body = nn.Sequential(
+            nn.Linear(noise + classes, width),
+            nn.BatchNorm1d(width),
             nn.ReLU(),
-            nn.Linear(256, 32 * self.quarter**2),
-            nn.BatchNorm1d(32 * self.quarter**2),
+            nn.Linear(width, width),
+            nn.BatchNorm1d(width),
             nn.ReLU(),
-        )
-        self.rest = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Conv2d(32, 24, 3, padding=1),
-            nn.BatchNorm2d(24),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Conv2d(24, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, channels, 3, padding=1),
+            nn.Linear(width, math.prod(shape)),
         )
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         known = functional.one_hot(labels, self.classes).to(noise.dtype)
-        small = self.start(torch.cat([noise, known], 1)).view(len(noise), 32, self.quarter, self.quarter)
-        return self.rest(small.contiguous(memory_format=torch.channels_last)).sigmoid()
+        return self.body(torch.cat([noise, known], 1)).sigmoid().view(len(noise), *self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +127,9 @@ class Baseline:
     @torch.no_grad()
     def sample(self, labels: Tensor, seed: int) -> Tensor:
         """Images (N, C, S, S) uint8 of these classes. Sampling is post-processing and costs no budget."""
-        if labels.ndim != 1 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes):
+        if labels.ndim != 1 or (
+            len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes
+        ):
             raise JobError(f"labels are whole numbers from 0 to {self.classes - 1} in one row")
         source = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(labels), self.generator.noise, generator=source)
@@ -187,13 +182,14 @@ def train_kernel(
         JobError: images, labels or numbers that do not fit.
     """
     settings = settings or KernelSettings()
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] % 4 or images.dtype != torch.uint8:
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.dtype != torch.uint8:
         raise JobError(
-            f"images are bytes (count, channels, size, size) with a size that 4 divides, not {images.dtype} "
-            f"{tuple(images.shape)}"
+            f"images are bytes (count, channels, size, size), not {images.dtype} {tuple(images.shape)}"
         )
     if labels.shape != images.shape[:1] or not len(labels):
-        raise JobError(f"{len(images)} images came with {tuple(labels.shape)} labels; give one label an image")
+        raise JobError(
+            f"{len(images)} images came with {tuple(labels.shape)} labels; give one label an image"
+        )
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise JobError(f"a label lies outside 0 to {classes - 1}; name the number of classes")
     started = time.process_time()
@@ -206,17 +202,18 @@ def train_kernel(
         events = (Event(1.0, sigma, 1),)
         noise = stream.child("kernel mean embedding").normal(tuple(released.shape), sigma)
         released = released + noise.double()
-    # From here on nothing private is read.
+    # From here on nothing private is read but the images' shape.
+    shape = (images.shape[1], images.shape[2], images.shape[3])
     counts = (released[:, -1:] / math.sqrt(settings.counted)).clamp(min=1.0)
     targets = (released[:, :-1] / (counts * math.sqrt(1 - settings.counted))).float().to(device)
-    generator, steps = _matched(features, targets, images.shape[1:], settings, seed, minutes, device)
+    generator, steps = _matched(features, targets, shape, settings, seed, minutes, device)
     return Baseline(generator, events, epsilon, delta, steps, time.process_time() - started)
 
 
 def _matched(
     features: RandomFeatures,
     targets: Tensor,
-    shape: torch.Size,
+    shape: tuple[int, int, int],
     settings: KernelSettings,
     seed: int,
     minutes: float,
@@ -229,7 +226,7 @@ def _matched(
     labels = torch.arange(classes).repeat_interleave(each).to(device)
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         torch.manual_seed(seed)
-        generator = channels_last(Generator(settings.noise, classes, shape[0], shape[1]).to(device))
+        generator = Generator(settings.noise, classes, shape).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=settings.rate, betas=(0.9, 0.99))
     average = Average(generator, settings.decay)
     blocks = max(1, count // settings.block)

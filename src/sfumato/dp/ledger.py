@@ -125,6 +125,11 @@ class Ledger:
                 raise JobError(f"this ledger cannot be: {text}")
 
     @property
+    def captions(self) -> tuple[str, ...]:
+        """Prompts of the classes; one empty prompt where there are none, or where texts are private."""
+        return tuple(self.recipe.get("captions", ())) or ("",)
+
+    @property
     def left(self) -> int:
         """Steps that may still be reserved."""
         return self.event.steps - self.reserved

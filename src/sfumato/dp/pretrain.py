@@ -7,20 +7,32 @@ in it.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sfumato.dp.public import Mixture
+from sfumato.dp.data import fit, read_records
+from sfumato.dp.glyphs import Glyphs, glyphs_of_drawings, glyphs_of_fonts, system_fonts
+from sfumato.dp.public import Characters, Mixture, Source, Stills
+from sfumato.dp.sources import Seen, Sources
+from sfumato.errors import JobError
+from sfumato.zoo.train.build import save_pipeline
 from sfumato.zoo.train.loop import channels_last, run
 from sfumato.zoo.train.prompts import MAX_LENGTH, make_tokenizer
 
-__all__ = ["make_autoencoder", "make_pipeline", "make_unet", "train_autoencoder", "train_denoiser"]
+__all__ = [
+    "Public", "make_autoencoder", "make_pipeline", "make_unet", "pretrain_folder", "train_autoencoder",
+    "train_denoiser",
+]  # fmt: skip
 
 KL_WEIGHT = 1e-5
 WIDTH_TEXT = 64
@@ -203,3 +215,100 @@ def _pool(vae: Any, public: Mixture, count: int) -> tuple[Tensor, Tensor]:
         parts.append((posterior.mean + posterior.std * noise) * vae.config.scaling_factor)
         labels.append(captions)
     return torch.cat(parts).contiguous(), torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class Public:
+    """What a public model is made from.
+
+    ``fonts``: folders of font files, empty for the system's, None for no rendered characters; ``drawings``: Omniglot as
+    an ``.npz`` of packed 105 x 105 masks (``bits105``) and ``labels``; ``images``: files or folders that
+    `data.read_records` reads with captions of their own; ``words``: captions of the private data to come, so that the
+    tokenizer has their words.
+    """
+
+    fonts: tuple[Path, ...] | None = ()
+    drawings: Path | None = None
+    images: tuple[Path, ...] = ()
+    words: tuple[str, ...] = ()
+    channels: int = 1
+
+    def mixtures(self) -> tuple[Mixture, Mixture, Sources]:
+        """What the autoencoder and what the denoiser see, and the record of it. Digits are drawn more often than other
+        characters by the denoiser, since they are what most small private sets hold.
+
+        Raises:
+            JobError: nothing to learn from, or files that cannot be read.
+        """
+        parts: list[tuple[Source, float, float]] = []
+        seen: list[Seen] = []
+        if self.fonts is not None:
+            files = system_fonts(self.fonts)
+            glyphs = glyphs_of_fonts(files)
+            digits = tuple(k for k, name in enumerate(glyphs.names) if name.isdigit())
+            parts.append((Characters("fonts: all characters", glyphs), 0.55, 0.2))
+            parts.append((Characters("fonts: digits", glyphs, digits), 0.0, 0.45))
+            families = len(glyphs.groups.unique())
+            seen.append(Seen.declared("rendered fonts", f"{families} families, files {_digest(files)}"))
+        if self.drawings is not None:
+            glyphs, masks = _drawings(self.drawings)
+            parts.append((Characters("drawings", glyphs), 0.3, 0.25))
+            seen.append(Seen.of(self.drawings.stem, "drawn characters", masks))
+        for path in self.images:
+            records = read_records(path)
+            stills = Stills(
+                path.stem, fit(records.images, self.channels, 32), records.labels, records.captions
+            )
+            parts.append((stills, 0.15, 0.1))
+            seen.append(Seen.of(path.stem, "images", records.images))
+        if not parts:
+            raise JobError("a public model needs something to learn from; give fonts, drawings or images")
+        sources = tuple(part[0] for part in parts)
+        return (
+            Mixture(sources, tuple(part[1] for part in parts)),
+            Mixture(sources, tuple(part[2] for part in parts)),
+            Sources(tuple(seen)),
+        )
+
+
+def pretrain_folder(public: Public, out: Path, minutes: float) -> None:
+    """Train both networks, half of ``minutes`` of a core each, and save a pipeline with its sources.
+
+    An interrupted run goes on where it was (``out`` with ``.work`` at its end keeps the checkpoints).
+
+    Raises:
+        JobError: nothing to learn from.
+    """
+    if (out / "model_index.json").is_file():
+        raise JobError(f"{out} holds a model already; name a new folder")
+    first, second, sources = public.mixtures()
+    work = out.with_name(out.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    vae = train_autoencoder(first, work / "autoencoder.ckpt", minutes / 2, channels=public.channels)
+    captions = tuple(dict.fromkeys([*second.captions, *public.words]))
+    torch.manual_seed(0)
+    pipeline = make_pipeline(vae, captions)
+    train_denoiser(pipeline, second, work / "denoiser.ckpt", minutes / 2)
+    save_pipeline(pipeline, out)
+    sources.write(out)
+
+
+def _drawings(path: Path) -> tuple[Glyphs, Tensor]:
+    """Distance fields of packed masks, and the masks as bytes (N, 1, 105, 105)."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            bits, labels = arrays["bits105"], arrays["labels"]
+    except (OSError, KeyError, ValueError) as error:
+        raise JobError(f"{path} is no .npz with bits105 and labels, as Omniglot's is here: {error}") from None
+    masks = torch.from_numpy(
+        np.unpackbits(bits, axis=1)[:, : 105 * 105].reshape(-1, 1, 105, 105) * np.uint8(255)
+    )
+    return glyphs_of_drawings(masks[:, 0] > 0, torch.from_numpy(labels.astype(np.int64))), masks
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 over the fonts' files, short."""
+    total = hashlib.sha256()
+    for path in files:
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()[:16]

@@ -66,7 +66,7 @@ class Characters(Source):
 
 @dataclass(frozen=True)
 class Stills(Source):
-    """``images`` (N, C, H, W) bytes, ``labels`` (N,), indices into ``captions``; half of them mirrored if ``mirror``."""
+    """``images`` (N, C, H, W) bytes, ``labels`` (N,): indices into ``captions``; half mirrored if ``mirror``."""
 
     name: str
     images: Tensor

@@ -1,9 +1,9 @@
 """What a model has seen, so that a public start that knows the private images is refused before training.
 
 A record's fingerprint is a prefix of SHA-256 of the image in a canonical form, in which padding, and grey copied to
-three channels, make no difference. *Not* caught: copies that were resized, compressed again, cropped into, mirrored,
-inverted or changed in any pixel. So a match proves that an image was seen; no match proves nothing about near-duplicates,
-nor about a model whose sources are only declared.
+three channels, make no difference. *Not* caught: copies that were resized, compressed again, cropped, mirrored,
+inverted or changed in any pixel. So a match proves that an image was seen; no match proves nothing about
+near-duplicates, about the images that a sample leaves out, nor about a model whose sources are only declared.
 
 Fingerprints of public images may be published. Those of private images may not: whoever has a candidate image could
 look it up. A ledger holds a commitment to them instead, under a key that stays with the data holder.
@@ -91,21 +91,19 @@ def _trimmed(images: Bytes) -> Iterable[Bytes]:
     count, _, height, width = images.shape
     # First and one past the last row, and column, of each image.
     window = np.tile(np.array([0, height, 0, width]), (count, 1))
-    rows_first = (images, images.transpose(0, 1, 3, 2))
+    turned = images.transpose(0, 1, 3, 2)
     live = np.arange(count if height and width else 0)
     while len(live):
         moved = np.zeros(len(live), np.bool_)
-        for side in range(4):
-            across, along = (0, 2) if side < 2 else (2, 0)
-            low, high = window[live, across], window[live, across + 1]
-            at = np.minimum(low, height + width) if side % 2 == 0 else high - 1
-            lines = rows_first[side // 2][
-                live, :, np.clip(at, 0, None).clip(max=(height, width)[side // 2] - 1)
-            ]
-            place = np.arange(lines.shape[-1])
-            first, last = window[live, along], window[live, along + 1]
+        for side in range(4):  # top, bottom, left, right
+            across, along, lines_of = (0, 2, images) if side < 2 else (2, 0, turned)
+            low, high, first, last = window[live][:, [across, across + 1, along, along + 1]].T
+            at = high - 1 if side % 2 else low
+            lines = lines_of[live, :, at.clip(0, lines_of.shape[2] - 1)]
+            place = np.arange(lines.shape[2])
             outside = (place < first[:, None]) | (place >= last[:, None])
-            colour = np.take_along_axis(lines, first.clip(max=lines.shape[-1] - 1)[:, None, None], 2)
+            start = first.clip(max=lines.shape[2] - 1)[:, None, None]
+            colour = np.take_along_axis(lines, start, 2)
             plain = ((lines == colour) | outside[:, None]).all((1, 2)) & (low < high) & (first < last)
             window[live[plain], across + side % 2] += -1 if side % 2 else 1
             moved |= plain

@@ -13,6 +13,7 @@ from rich.console import Console
 from sfumato.errors import JobError
 from sfumato.shell.cluster import cluster_app, party, status
 from sfumato.shell.command import CALIBRATE_ON, Profile, clean, for_file, for_picture, prompts_in
+from sfumato.shell.dp import dp_app
 from sfumato.shell.measuring import bench, reproduce
 from sfumato.shell.model import model_app
 from sfumato.shell.texts import classify, complete
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(model_app, name="model")
+app.add_typer(dp_app, name="dp")
 app.command()(party)
 app.command()(status)
 app.command()(ui)

@@ -89,7 +89,7 @@ def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
 
 
 def make_tokenizer(prompts: Iterable[str] | None = None) -> CLIPTokenizer:
-    """CLIP tokenizer whose merges cover the prompts (of all classes if none are given); other text falls back to bytes."""
+    """CLIP tokenizer whose merges cover the prompts (default: of all classes); any other text falls back to bytes."""
     splitter = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
     words: Counter[str] = Counter()
     if prompts is None:

@@ -1,0 +1,193 @@
+"""DP-LDM's table at this machine's scale, row by row: fine-tune, sample, train classifiers, test on real images.
+
+Every row that is finished stays as ``rows/NAME.json`` (and a grid of its first images), so a run that was interrupted
+goes on, and rows can be computed by several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.dp import evaluate, sample
+from sfumato.dp.data import Records, fit
+from sfumato.dp.finetune import finetune
+from sfumato.dp.kernel import train_kernel
+from sfumato.dp.ledger import Ledger
+from sfumato.dp.parts import decode, encode, load_parts
+from sfumato.dp.randomness import SecretStream
+from sfumato.dp.rows import Row
+from sfumato.dp.subjects import Subject
+
+__all__ = ["Setting", "finished_rows", "run_row"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where data, public model and results are, and how much is drawn and trained on it.
+
+    ``images`` of a main row, ``few`` of an ablation's; ``kinds`` and ``seeds`` of the classifiers of a main row (an
+    ablation has one CNN); ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator.
+    """
+
+    subject: Subject
+    data: Path
+    public: Path
+    out: Path
+    images: int = 50_000
+    few: int = 10_000
+    kinds: tuple[str, ...] = ("cnn", "mlp")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 25
+    kernel_minutes: float = 5.0
+    epochs: int = 8
+    precision: str = "float32"
+
+    @property
+    def rows(self) -> Path:
+        return self.out / f"dp-ldm-{self.subject.name}-rows"
+
+
+def finished_rows(setting: Setting) -> dict[str, dict[str, Any]]:
+    """What has been measured, by row."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(setting.rows.glob("*.json"))}
+
+
+def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure one row, unless it has been; what its JSON holds.
+
+    Raises:
+        JobError: data or model are missing or do not fit.
+    """
+    told: Progress = progress or (lambda what, done, of: None)
+    path = setting.rows / f"{row.name}.json"
+    if path.is_file():
+        return json.loads(path.read_text("utf-8"))
+    setting.rows.mkdir(parents=True, exist_ok=True)
+    began = time.process_time()
+    private, test = setting.subject.private(setting.data), setting.subject.test(setting.data)
+    made, record = _images(row, setting, private, told)
+    drawn = time.process_time()
+    record |= {
+        "row": row.name, "title": row.title, "kind": row.kind, "main": row.main, "guidance": row.guidance,
+        "captions": row.captions, "steps_of_sampling": setting.steps,
+    }  # fmt: skip
+    record["changes"] = dict(row.changes)
+    side = test.images.shape[-1]
+    images = cropped(made.images, side)
+    sample.grid(_by_class(images, made.labels, len(made.captions)), 20, 2).save(path.with_suffix(".png"))
+    told("classifiers", 0, 1)
+    kinds, seeds = (setting.kinds, setting.seeds) if row.main else (("cnn",), (0,))
+    recipe = evaluate.Recipe(epochs=setting.epochs, mirror=setting.subject.mirror)
+    if row.captions:
+        record["utility"] = [
+            found.to_json()
+            for found in evaluate.utility(
+                (images, made.labels),
+                (fit_test(test, images), test.labels),
+                kinds=kinds,
+                seeds=seeds,
+                recipe=recipe,
+            )
+        ]
+    if setting.subject.judge is not None:
+        features = evaluate.judge_features(setting.subject.judge)
+        few = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: setting.few]]
+        record["distance"] = evaluate.distance(
+            few,
+            private.images[: setting.few],
+            features=features,
+            name=f"sfumato judge {setting.subject.judge}",
+        ).to_json()
+    if row.main and row.kind != "real":
+        part = slice(0, 2000)
+        record["copies"] = evaluate.copies(
+            images[part], private.images, fit_test(test, images)[part]
+        ).to_json()
+    record |= {"cpu_s_images": drawn - began, "cpu_s_evaluation": time.process_time() - drawn}
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(draft, path)
+    return record
+
+
+def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tuple[Records, dict[str, Any]]:
+    """The row's images, uniform over the classes, and what making them cost."""
+    count = setting.images if row.main else setting.few
+    captions = setting.subject.captions if row.captions else ("",)
+    labels = torch.arange(count) % len(captions)
+    record: dict[str, Any] = {"images": count}
+    if row.kind == "real":
+        chosen = torch.randperm(len(private), generator=torch.Generator().manual_seed(0))[:count]
+        return Records(private.images[chosen], private.labels[chosen], captions), {"images": len(chosen)}
+    began = time.process_time()
+    if row.kind == "kernel":
+        assert row.recipe is not None
+        trained = train_kernel(
+            private.images, private.labels, epsilon=row.recipe.epsilon, delta=row.recipe.delta,
+            stream=SecretStream(), classes=len(captions), minutes=setting.kernel_minutes,
+        )  # fmt: skip
+        record |= {"epsilon": row.recipe.epsilon, "delta": row.recipe.delta, "cpu_s_training": trained.cpu_s}
+        record["events"] = [asdict(event) for event in trained.events]
+        return Records(trained.sample(labels, seed=1), labels, captions), record
+    folder = setting.public
+    if row.kind == "tuned":
+        assert row.recipe is not None
+        records = private if row.captions else private.without_captions()
+        run = finetune(setting.public, records, row.recipe, setting.rows / f"{row.name}.run", progress=told)
+        folder = run.model
+        record |= _account(run.ledger)
+    record["cpu_s_training"] = time.process_time() - began
+    made = sample.draw(
+        load_parts(folder), captions, labels, steps=setting.steps, guidance=row.guidance, seed=1,
+        precision=setting.precision, progress=lambda done, of: told("samples", done, of),
+    )  # fmt: skip
+    return made, record
+
+
+def _account(ledger: Ledger) -> dict[str, Any]:
+    spent = ledger.spent()
+    return {
+        "epsilon": None if ledger.epsilon == float("inf") else ledger.epsilon,
+        "delta": ledger.delta,
+        "noise_multiplier": ledger.event.noise_multiplier,
+        "sample_rate": ledger.event.sample_rate,
+        "steps": ledger.event.steps,
+        "trained": ledger.trained,
+        "spent": {k: (None if v == float("inf") else v) for k, v in asdict(spent).items()},
+        "recipe": dict(ledger.recipe),
+    }
+
+
+def reconstructed(public: Path, images: Tensor, side: int) -> Tensor:
+    """Real images (N, C, H, W) through the public autoencoder and back: what no sampler behind it can pass."""
+    parts = load_parts(public)
+    return cropped(decode(parts, encode(parts, fit(images, parts.channels, parts.side)).mean), side)
+
+
+def cropped(images: Tensor, side: int) -> Tensor:
+    """The middle, where a model's images were padded from ``side``."""
+    edge = (images.shape[-1] - side) // 2
+    return images[:, :, edge : edge + side, edge : edge + side].contiguous() if edge > 0 else images
+
+
+def fit_test(test: Records, images: Tensor) -> Tensor:
+    """Test images with the channels and side of synthetic ones."""
+    return fit(test.images, images.shape[1], images.shape[-1])
+
+
+def _by_class(images: Tensor, labels: Tensor, classes: int, columns: int = 20) -> Tensor:
+    """The first images of each class, a row each."""
+    rows = [images[labels == k][:columns] for k in range(classes)]
+    blank = torch.zeros(1, *images.shape[1:], dtype=torch.uint8)
+    return torch.cat([torch.cat([row, blank.expand(columns - len(row), -1, -1, -1)]) for row in rows])
