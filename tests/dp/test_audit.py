@@ -67,7 +67,7 @@ class NoiseInParts(Shipped):
     others = 3
 
     def __init__(self) -> None:
-        super().__init__(physical=1)
+        super().__init__(draws=1, physical=1)
         self.parts = self.stream.child("parts")
 
     def optimizer(self) -> PrivateOptimizer:
@@ -113,7 +113,7 @@ def test_the_shipped_step_passes_with_ten_thousand_trials() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "trials"),
-    [(HalfNoise, 250), (NoiseInParts, 250), (UnmergedRows, 120), (NoClipping, 100), (KnownSeed, 100)],
+    [(HalfNoise, 200), (NoiseInParts, 200), (UnmergedRows, 120), (NoClipping, 100), (KnownSeed, 100)],
 )
 def test_a_planted_fault_is_caught(fault: type[Shipped], trials: int) -> None:
     audit = audit_step(fault, trials=trials)
@@ -128,7 +128,7 @@ def test_the_fault_of_unmerged_rows_is_the_rows_not_their_number() -> None:
 
 
 def test_too_much_noise_is_no_pass() -> None:
-    audit = audit_step(DoubleNoise, trials=200)
+    audit = audit_step(DoubleNoise, trials=150)
     assert audit.verdict == "too weak"
     assert "nothing is shown" in str(audit)
 

@@ -39,6 +39,10 @@ pytestmark = [
 ]
 
 
+def value(layer: nn.Linear) -> float:
+    return float(layer.weight.detach())
+
+
 def ours(module: nn.Module, stream: SecretStream | None = None, **settings: float) -> PrivateOptimizer:
     asked = {"noise_multiplier": 0.0, "clip": 1.0, "expected_batch": 1.0} | settings
     inner = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
@@ -78,7 +82,7 @@ def test_the_divisor_is_the_logical_batch_not_the_physical_one() -> None:
         model(records[start : start + physical]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert -float(layer.weight) == pytest.approx(0.5 * logical / physical)  # eight times too much
+    assert -value(layer) == pytest.approx(0.5 * logical / physical)  # eight times too much
 
     layer = one_weight()
     gradients, mine = Gradients(layer), ours(layer, expected_batch=logical)
@@ -86,7 +90,7 @@ def test_the_divisor_is_the_logical_batch_not_the_physical_one() -> None:
         gradients.backward(gradients(part).sum(1))
         mine.accumulate()
     mine.step()
-    assert -float(layer.weight) == pytest.approx(0.5)
+    assert -value(layer) == pytest.approx(0.5)
 
 
 def test_a_flag_left_in_the_queue_does_not_shift_batches() -> None:
@@ -99,14 +103,14 @@ def test_a_flag_left_in_the_queue_does_not_shift_batches() -> None:
             break
     model(torch.ones(2, 1)).sum().backward()
     optimizer.step()  # a whole logical batch of two; its step is taken for the first part of the last one
-    assert float(layer.weight) == 0
+    assert value(layer) == 0
 
     layer = one_weight()
     gradients, mine = Gradients(layer), ours(layer)
     gradients.backward(gradients(torch.ones(2, 1)).sum(1))
     mine.accumulate()
     mine.step()
-    assert -float(layer.weight) == pytest.approx(2, rel=1e-5)
+    assert -value(layer) == pytest.approx(2, rel=1e-5)
     assert mine._step_skip_queue == []
     with pytest.raises(JobError, match="nothing is skipped"):
         mine.signal_skip_step(True)
@@ -150,14 +154,14 @@ def test_several_rows_of_one_record_weigh_one_clip(draws: int) -> None:
     model, optimizer = GradSampleModule(layer, loss_reduction="sum"), stock(layer)
     model(rows).sum().backward()
     optimizer.step()
-    assert abs(float(layer.weight)) == pytest.approx(draws, rel=1e-4)
+    assert abs(value(layer)) == pytest.approx(draws, rel=1e-4)
 
     layer = one_weight()
     gradients, mine = Gradients(layer, draws), ours(layer)
     gradients.backward(gradients(rows).sum(1))
     mine.accumulate()
     mine.step()
-    assert abs(float(layer.weight)) <= 1 + 1e-5
+    assert abs(value(layer)) <= 1 + 1e-5
 
 
 def test_noise_is_added_once_for_a_logical_batch() -> None:
@@ -186,7 +190,7 @@ def test_noise_is_added_once_for_a_logical_batch() -> None:
         mine.accumulate()
     mine.step()
     # The standard error of a standard deviation is 1/sqrt(2 * size) = 0.5 %.
-    assert float(layer.weight.std()) == pytest.approx(1.0, rel=0.025)
+    assert float(layer.weight.detach().std()) == pytest.approx(1.0, rel=0.025)
     for part in (mine.pre_step, mine.add_noise):
         with pytest.raises(JobError, match="two calls"):
             part()
@@ -263,13 +267,12 @@ def test_an_optimizer_made_before_the_adapters_is_noticed_after_one_step() -> No
     mine = ours(unet)
     choice = choose(unet, what="lora", rank=2)
     moved = choice.watch()
-    assert mine.params == []  # everything that it holds is frozen now
     gradients = Gradients(unet)
     inputs = torch.randn(2, 3, 8, 8), torch.randint(0, 1000, (2,)), torch.randn(2, TOKENS, WIDTH)
     gradients.backward(gradients(*inputs).sample.square().mean((1, 2, 3)))
-    with pytest.raises(JobError, match="no parameter that requires a gradient"):
+    with pytest.raises(JobError, match="make the optimizer after the choice"):
         mine.accumulate()
-    with pytest.raises(JobError, match="no parameter that requires a gradient"):
+    with pytest.raises(JobError, match="make the optimizer after the choice"):
         mine.step()
     with pytest.raises(JobError, match="adapters as they were"):
         moved()
@@ -317,18 +320,18 @@ def test_a_tiny_clip_is_not_swamped_by_a_constant() -> None:
     model, optimizer = GradSampleModule(layer, loss_reduction="sum"), stock(layer, max_grad_norm=1e-6)
     model(record).sum().backward()
     optimizer.step()
-    assert -float(layer.weight) == pytest.approx(0.5e-6, rel=1e-3)
+    assert -value(layer) == pytest.approx(0.5e-6, rel=1e-3)
 
     layer = one_weight()
     gradients, mine = Gradients(layer), ours(layer, clip=1e-6)
     gradients.backward(gradients(record).sum(1))
     mine.accumulate()
     mine.step()
-    assert -float(layer.weight) == pytest.approx(1e-6, rel=1e-5)
+    assert -value(layer) == pytest.approx(1e-6, rel=1e-5)
 
 
 def test_an_empty_logical_batch_still_makes_a_noisy_step() -> None:
-    """Section 5: without its step an empty Poisson batch would show that nobody was drawn. Stock needs a backward pass."""
+    """Section 5: a step left out would show that nobody was drawn. A stock step needs a backward pass before it."""
     layer = one_weight()
     GradSampleModule(layer, loss_reduction="sum")
     with pytest.raises(ValueError, match="not initialized"):
@@ -336,7 +339,7 @@ def test_an_empty_logical_batch_still_makes_a_noisy_step() -> None:
 
     layer = one_weight()
     ours(layer, noise_multiplier=1.0).step()
-    assert float(layer.weight) != 0
+    assert value(layer) != 0
 
 
 def test_the_padding_row_of_an_embedding_gets_no_gradient() -> None:
@@ -360,7 +363,8 @@ def test_a_module_hung_in_two_places_counts_once() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first = self.second = nn.Linear(2, 1, bias=False)
+            self.first = nn.Linear(2, 1, bias=False)
+            self.others = nn.Sequential(self.first)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.first(x)
@@ -371,7 +375,7 @@ def test_a_module_hung_in_two_places_counts_once() -> None:
     wrapped(x).sum().backward()
     faulty = model.first.weight.grad_sample
     wrapped.to_standard_module()
-    assert float(faulty.sum() if isinstance(faulty, Tensor) else sum(g.sum() for g in faulty)) == 4
+    assert torch.equal(faulty, 2 * x[None])
 
     gradients = Gradients(model)
     gradients.backward(gradients(x).sum(1))

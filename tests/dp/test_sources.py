@@ -252,8 +252,8 @@ def test_the_embedded_pipeline_is_no_public_start_for_mnist(data_dir: Path) -> N
     for a, b in zip(made.seen, sources.seen, strict=True):
         assert torch.equal(a.fingerprints, b.fingerprints)
     digits = split.images[split.labels < 10, :, 2:-2, 2:-2]  # 28 x 28, as they come
-    with pytest.raises(JobError, match=r"at least 952 of the 60000 private images \(source mnist\)"):
-        refuse_overlap(sources, fingerprint(digits))
+    with pytest.raises(JobError, match=r"at least \d+ of the 5000 private images \(source mnist\)"):
+        refuse_overlap(sources, fingerprint(digits[:5000]))
     with pytest.raises(JobError, match="source mnist"):
         refuse_overlap(sources, fingerprint(digits[:2000].expand(-1, 3, -1, -1)))
     test = load_split(data_dir / "images", train=False)

@@ -3,7 +3,7 @@
 `Gradients` wraps a module. A batch has `records * draws` rows, the draws of one record standing together, and
 `backward` leaves in every trainable parameter `grad_sample` of shape (records, \\*parameter): the gradient of each
 record's loss, averaged over its draws *before* anything is clipped. One record is then one vector, so that its
-influence is one clipping norm however many draws it had. Source: [Opacus]; [DPDM] 3.2 for the draws.
+influence is one clipping norm however many draws it had. Source: [Opacus]; [DPDM] for the draws.
 
 Three differences from stock Opacus, each of them tested against it:
 

@@ -39,7 +39,8 @@ class KernelSettings:
 
     ``windows`` are side lengths as shares of the image's, and how many of the ``frequencies`` each takes (in parts).
     Bandwidths are log-uniform between ``narrow`` and ``wide``, in root-mean-square differences of pixels in [0, 1].
-    ``counted`` is the share of the squared norm that counts records.
+    ``counted`` is the share of the squared norm that counts records; ``steps`` of training, as many as the minutes
+    allow when 0.
     """
 
     frequencies: int = 6_000
@@ -52,6 +53,7 @@ class KernelSettings:
     noise: int = 16
     rate: float = 5e-3
     decay: float = 0.995
+    steps: int = 0
 
 
 class RandomFeatures(nn.Module):
@@ -70,7 +72,7 @@ class RandomFeatures(nn.Module):
         parts = torch.tensor([part for _, part in settings.windows])
         which = torch.multinomial(parts, count, replacement=True, generator=generator)
         sides = torch.tensor([max(2, round(share * size)) for share, _ in settings.windows])[which]
-        # Windows may reach over the edge by half, so that every pixel is seen alike.
+        # Windows may reach over the edge by half, so that pixels at the edge are seen often enough too.
         middle = torch.rand(2, count, generator=generator) * (size - 1)
         middle = torch.where(sides >= size, (size - 1) / 2, middle)
         places = torch.arange(size).float()
@@ -146,6 +148,7 @@ class Baseline:
         return self.generator.classes
 
 
+@torch.no_grad()
 def embedded_sums(
     features: RandomFeatures, images: Tensor, labels: Tensor, classes: int, counted: float
 ) -> Tensor:
@@ -157,6 +160,26 @@ def embedded_sums(
         whole = functional.pad(found, (0, 1), value=math.sqrt(counted))
         total += (functional.one_hot(y.to(device), classes).T.to(whole.dtype) @ whole).double().cpu()
     return total
+
+
+def release(
+    features: RandomFeatures,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    counted: float,
+    epsilon: float,
+    delta: float,
+    stream: SecretStream,
+) -> tuple[Tensor, tuple[Event, ...]]:
+    """The sums of the embeddings with the noise of (ε, δ), in float64, and the event to account for."""
+    sums = embedded_sums(features, images, labels, classes, counted)
+    if math.isinf(epsilon):
+        return sums, ()
+    # One full batch: no subsampling, and the sensitivity is the norm of a record's embedding, 1.
+    event = Event(1.0, noise_multiplier(epsilon, delta, 1.0, 1), 1)
+    noise = stream.child("kernel mean embedding").normal(tuple(sums.shape), event.noise_multiplier)
+    return sums + noise.double(), (event,)
 
 
 def train_kernel(
@@ -190,18 +213,16 @@ def train_kernel(
         raise JobError(
             f"{len(images)} images came with {tuple(labels.shape)} labels; give one label an image"
         )
+    if minutes <= 0 or settings.per_class < 2 or not epsilon > 0:
+        raise JobError(
+            f"training needs minutes and epsilon above 0 and at least 2 images of each class a step, not {minutes}, "
+            f"{epsilon} and {settings.per_class}"
+        )
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise JobError(f"a label lies outside 0 to {classes - 1}; name the number of classes")
     started = time.process_time()
-    events: tuple[Event, ...] = ()
     features = RandomFeatures(images.shape[1], images.shape[2], settings, seed).to(device)
-    with torch.no_grad():
-        released = embedded_sums(features, images, labels, classes, settings.counted)
-    if math.isfinite(epsilon):
-        sigma = noise_multiplier(epsilon, delta, 1.0, 1)
-        events = (Event(1.0, sigma, 1),)
-        noise = stream.child("kernel mean embedding").normal(tuple(released.shape), sigma)
-        released = released + noise.double()
+    released, events = release(features, images, labels, classes, settings.counted, epsilon, delta, stream)
     # From here on nothing private is read but the images' shape.
     shape = (images.shape[1], images.shape[2], images.shape[3])
     counts = (released[:, -1:] / math.sqrt(settings.counted)).clamp(min=1.0)
@@ -231,10 +252,10 @@ def _matched(
     average = Average(generator, settings.decay)
     blocks = max(1, count // settings.block)
     size = math.ceil(count / blocks)
-    began, steps, used = time.thread_time(), 0, 0.0
-    while used < 60 * minutes or not steps:
+    began, steps, progress = time.thread_time(), 0, 0.0
+    while progress < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(used / (60 * minutes), settings.rate)
+            group["lr"] = learning_rate(progress, settings.rate)
         start = (steps % blocks) * size
         block = slice(start, min(count, start + size))
         noise = torch.randn(classes * each, settings.noise, generator=source).to(device)
@@ -247,6 +268,6 @@ def _matched(
         optimizer.step()
         steps += 1
         average.update(generator, steps)
-        used = time.thread_time() - began
+        progress = steps / settings.steps if settings.steps else (time.thread_time() - began) / (60 * minutes)
     generator.load_state_dict(average.state)
     return generator.eval(), steps

@@ -72,7 +72,8 @@ class PrivateOptimizer(DPOptimizer):
             max_grad_norm=clip,
             expected_batch_size=expected_batch,
         )
-        if not self.params:
+        self._made_for = [id(p) for p in self.params]
+        if not self._made_for:
             raise JobError(
                 "the optimizer has no parameter that requires a gradient: choose what is trained first"
             )
@@ -85,8 +86,8 @@ class PrivateOptimizer(DPOptimizer):
 
         JobError if a parameter has no per-record gradient, or parameters disagree on the number of records.
         """
-        parameters = self.params
-        gradients: list[Tensor] = [getattr(p, "grad_sample", None) for p in parameters]  # type: ignore[misc]
+        parameters = self._parameters()
+        gradients: list[Any] = [getattr(p, "grad_sample", None) for p in parameters]
         missing = sum(g is None for g in gradients)
         if missing:
             raise JobError(f"{missing} parameters have no per-record gradient: call Gradients.backward first")
@@ -100,6 +101,15 @@ class PrivateOptimizer(DPOptimizer):
             clipped = clipped.view_as(p)
             p.summed_grad = clipped if p.summed_grad is None else p.summed_grad + clipped
             p.grad_sample = None
+
+    def _parameters(self) -> list[Any]:
+        """What is trained; Any, because Opacus puts `grad_sample` and `summed_grad` on it."""
+        parameters = self.params
+        if [id(p) for p in parameters] != self._made_for:
+            raise JobError(
+                "what is trained has changed since: make the optimizer after the choice of parameters"
+            )
+        return parameters
 
     def _factors(self, gradients: list[Tensor]) -> Tensor:
         """What each record is multiplied by, (records,); rows that are not finite become zeros, in place."""
@@ -124,7 +134,7 @@ class PrivateOptimizer(DPOptimizer):
         """End the logical batch: noise once on the sum, divide by the expected batch, let the optimizer step."""
         if closure is not None:
             raise JobError("a private step takes no closure: call backward, accumulate and step in turn")
-        parameters = self.params
+        parameters = self._parameters()
         # One vector: one draw of noise, and one exchange between processes.
         total = torch.cat(
             [

@@ -57,16 +57,23 @@ def bench(
 
 @clean
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="sdu, usg, cipherdm, puma, ditto, mpcformer or marill.")],
+    paper: Annotated[
+        str, typer.Argument(help="sdu, usg, cipherdm, puma, ditto, mpcformer, marill or dp-ldm.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
             help="embedded, dit, cifar10, mnist10, mnist01, mnist01-mish; with --prompts a folder or hub id. For "
             "papers on transformers NAME:TOKENS of bert-base, bert-large, roberta-base, gpt2-base, gpt2-medium, with "
-            "commas. [default: the paper's first]"
+            "commas. For dp-ldm: mnist, pneumonia, cifar10. [default: the paper's first]"
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=100, help="Of each row, simulated in the clear.")] = 1000,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=100, help="Of each row, simulated in the clear. [default: 1000; dp-ldm: 50000 of main rows]"
+        ),
+    ] = None,
     secure: Annotated[int, typer.Option(min=0, help="Of each main row, through the real protocol.")] = 0,
     secure_steps: Annotated[
         int | None, typer.Option(min=1, help="Of main rows with at most so many steps.")
@@ -107,6 +114,17 @@ def reproduce(
             metavar="FILE", help="scores.json of students, for the utility of ditto, mpcformer, marill."
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="dp-ldm: mnist/, pneumonia_mnist/, cifar10/ below it."),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="dp-ldm: the public model, of `sfumato dp pretrain`."),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="dp-ldm: main, ablation, or names of rows, by commas.")] = "main",
+    guidance: Annotated[float, typer.Option(help="dp-ldm: weight of the prompt in sampling.")] = 1.0,
+    classifiers: Annotated[str, typer.Option(help="dp-ldm: cnn, mlp, wrn-40-4, ... by commas.")] = "cnn,mlp",
     out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
 ) -> None:
     """Rebuild a paper's tables at this machine's scale, with the controls beside them: JSON, and a page.
@@ -126,10 +144,23 @@ def reproduce(
         )
         run_costs(told, Console())
         return
+    if paper == "dp-ldm":
+        from sfumato.shell.dp_reproduce import run_dp_ldm
+
+        if data is None or public is None:
+            raise JobError(
+                "dp-ldm needs --data, the private and test images, and --public, a model to start from"
+            )
+        run_dp_ldm(
+            Console(), subject=model or "mnist", data=data, public=public, rows=tuple(rows.split(",")), out=out,
+            images=images or 50_000, guidance=guidance, kinds=tuple(classifiers.split(",")),
+        )  # fmt: skip
+        return
     if paper not in STUDIES:
-        raise JobError(f"there is no study of {paper!r}; use one of {', '.join((*STUDIES, *DEFAULT_MODELS))}")
+        known = ", ".join((*STUDIES, *DEFAULT_MODELS, "dp-ldm"))
+        raise JobError(f"there is no study of {paper!r}; use one of {known}")
     asked = Asked(
-        paper=paper, model=model or STUDIES[paper][1][0], images=images, secure=secure,
+        paper=paper, model=model or STUDIES[paper][1][0], images=images or 1000, secure=secure,
         secure_steps=secure_steps, main=main_rows, ours=ours,
         ray=ray, weights="" if weights is None else str(weights.resolve()), out=out,
         prompts=tuple(prompts_in(prompts) or ()), clip=clip,
