@@ -9,6 +9,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sfumato.dp.gradients import Gradients
+
 TOKENS = 5
 WIDTH = 8  # of the text's embedding
 
@@ -107,3 +109,39 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         allowed = 1e-5 * float(truth.abs().max()) + 1e-7
         worst = max(worst, float((found[name] - truth).abs().max()) / allowed)
     return worst
+
+
+def sampled(gradients: Gradients, losses: Tensor) -> dict[str, Tensor]:
+    gradients.backward(losses)
+    found = {name: gradient for name, _, gradient in gradients.records()}
+    gradients.clear()
+    return found
+
+
+def compare(module: nn.Module, forward: Callable[..., Tensor], inputs: list[Tensor], draws: int) -> float:
+    """Error of `Gradients` on the batch `inputs`, as `error` counts it.
+
+    An input has one row per draw, or one per record.
+    """
+    records = len(inputs[0]) // draws
+
+    def losses(of: list[Tensor]) -> Tensor:
+        output = forward(*of).flatten(1)
+        # Of no symmetry: the sum of squares of a normalised output has no gradient.
+        return (output.square() + torch.linspace(-1, 2, output.shape[1]) * output).sum(1)
+
+    def own(i: int) -> Tensor:
+        each = [len(x) // records for x in inputs]
+        rows = [x[i * n : (i + 1) * n] for x, n in zip(inputs, each, strict=True)]
+        # torch 2.13 dies in the backward pass of a channels-last group norm whose input needs no gradient; here only,
+        # as `Gradients` does not ask for the gradient of the norm's weights.
+        return losses([x.detach().requires_grad_() if x.is_floating_point() else x for x in rows])
+
+    expected = one_by_one(module, own, records)
+    gradients = Gradients(module, draws)
+    found = sampled(gradients, losses(inputs))
+    # Autograd was not asked for the gradient of the batch, and everything is trainable still.
+    assert all(p.grad is None for p in module.parameters())
+    assert set(found) == {name for name, p in module.named_parameters() if p.requires_grad}
+    gradients.to_standard_module()
+    return error(found, expected)

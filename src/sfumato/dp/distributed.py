@@ -22,8 +22,11 @@ def joined() -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=_DEADLINE)
+    place, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    if cuda and place < torch.cuda.device_count():
+        torch.cuda.set_device(place)  # what "cuda" means in this process
+    # Coins are exchanged on the CPU, gradients where they are.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_DEADLINE)
     try:
         yield distributed.get_rank() == 0
     finally:

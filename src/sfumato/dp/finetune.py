@@ -14,7 +14,7 @@ nowhere printed, logged or kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,12 @@ def finetune(
         private=commitment(prints, key),
         recipe={**recipe.to_json(), **({"captions": list(records.captions)} if records.classes else {})},
     )
-    ledger = _resumed(planned, out / LEDGER)
-    ledger.verify()
-    if register is not None and not rank():
-        Register(register).charge(ledger, limit_epsilon)
+    ledger = _begun(planned, out / LEDGER, register, limit_epsilon)
+    event = ledger.event
+    state = _checkpoint(out / STATE, ledger, device)
+    if state is not None:
+        # Its steps may have been written down as done just before a crash, or not yet.
+        ledger = ledger.complete(int(state["done"]) - ledger.done)
 
     told("encode", 0, len(records))
     latents = encode(parts, fit(records.images, parts.channels, parts.side))
@@ -120,8 +122,8 @@ def finetune(
         parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
         noise_multiplier=event.noise_multiplier, steps=event.steps, stream=stream.child("noise"), device=device,
     )  # fmt: skip
-    if (out / STATE).is_file():
-        trainer.restore(torch.load(out / STATE, weights_only=True, map_location=device))
+    if state is not None:
+        trainer.restore(state)
     # What a crash lost counts as run, for the rate's decay too.
     trainer.step_number = ledger.reserved
     while ledger.left:
@@ -131,9 +133,9 @@ def finetune(
         for _ in range(block):
             trainer.step(poisson_batch(coins, len(records), event.sample_rate))
             told("steps", trainer.step_number, event.steps)
-        if not rank():
-            _save(trainer.state(), out / STATE)
         ledger = ledger.complete(block)
+        if not rank():
+            _save({**trainer.state(), "run": ledger.run, "done": ledger.done}, out / STATE)
         _keep(ledger, out / LEDGER)
     trainer.use_average()
     ledger = ledger if ledger.ended else ledger.finish()
@@ -164,10 +166,48 @@ def _key(path: Path) -> bytes:
     """The data holder's key; rank 0 makes it where there is none. With a register it belongs to that: only under one
     key can a data set's runs be added up."""
     if not rank():
+        path.parent.mkdir(parents=True, exist_ok=True)
         private_key(path)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+    _wait()
     return private_key(path)
+
+
+def _begun(planned: Ledger, path: Path, register: Path | None, limit: float | None) -> Ledger:
+    """The ledger that this run goes by, on the disk and the same for every process, charged to the register."""
+    if rank():
+        _wait()
+        return Ledger.read(path)
+    ledger = _resumed(planned, path)
+    ledger.verify()
+    if register is not None:
+        Register(register).charge(ledger, limit)
+    ledger.write(path)
+    _wait()
+    return ledger
+
+
+def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | None:
+    """The last checkpoint, None before the first.
+
+    Raises:
+        JobError: it is missing, or it and the ledger are not of the same moment: going on would claim steps that the
+            weights have not seen, or leave out steps that they have.
+    """
+    where = f"{path.parent} has a {path.name}"
+    if not path.is_file():
+        if ledger.done:
+            raise JobError(
+                f"{path} is missing, but its ledger says that {ledger.done} steps are in it; restore it, or start a "
+                "new run in a new folder"
+            )
+        return None
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    if state["run"] != ledger.run:
+        raise JobError(f"{where} of another run than its ledger's; restore that run's ledger, or name a new folder")
+    if not ledger.done <= state["done"] <= ledger.reserved:
+        older = "older" if state["done"] < ledger.done else "newer"
+        raise JobError(f"{where} that is {older} than its ledger; restore both of one moment, or name a new folder")
+    return state
 
 
 def _resumed(planned: Ledger, path: Path) -> Ledger:
@@ -181,13 +221,14 @@ def _resumed(planned: Ledger, path: Path) -> Ledger:
     held = Ledger.read(path)
     # The noise found again may differ in its last digit between versions of the accountants; the plan that holds is
     # the one that was begun with.
-    differs = [
-        name
-        for name in ("epsilon", "delta", "clip", "records", "trained", "private", "recipe")
-        if getattr(held, name) != getattr(planned, name)
-    ]
-    if dict(held.public) != dict(planned.public):
-        differs.append("public start")
+    pairs = {
+        name: (getattr(held, name), getattr(planned, name))
+        for name in ("epsilon", "delta", "clip", "records", "trained")
+    }
+    pairs["private images or key"] = held.private, planned.private
+    pairs["public start"] = dict(held.public), dict(planned.public)
+    pairs["recipe"] = _lasting(held.recipe), _lasting(planned.recipe)
+    differs = [name for name, (one, other) in pairs.items() if one != other]
     if differs:
         raise JobError(
             f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same or in a new folder"
@@ -195,11 +236,20 @@ def _resumed(planned: Ledger, path: Path) -> Ledger:
     return held
 
 
+def _lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what may be lowered after a run ran out of memory: it does not change the result."""
+    return {name: value for name, value in recipe.items() if name != "physical"}
+
+
 def _keep(ledger: Ledger, path: Path) -> None:
     if not rank():
         ledger.write(path)
+    _wait()  # no process runs a step before it is on the disk
+
+
+def _wait() -> None:
+    """For all processes that train together."""
     if distributed.is_available() and distributed.is_initialized():
-        # No process runs a step before it is on the disk.
         distributed.barrier()
 
 

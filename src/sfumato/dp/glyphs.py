@@ -136,7 +136,7 @@ def glyphs_of_fonts(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyp
                 groups.append(group)
     if not fields:
         raise JobError(
-            "no font with digits and Latin letters was found; name a folder of .ttf or .otf files (--fonts)"
+            "no font with digits and Latin letters was found; name a folder of .ttf or .otf files (--font-folder)"
         )
     return Glyphs(torch.stack(fields), torch.tensor(labels), torch.tensor(groups), tuple(characters))
 

@@ -30,7 +30,7 @@ from .randomness import SecretStream
 
 __all__ = ["Baseline", "KernelSettings", "train_kernel"]
 
-_CHUNK = 2_000
+_CHUNK = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +152,17 @@ class Baseline:
 def embedded_sums(
     features: RandomFeatures, images: Tensor, labels: Tensor, classes: int, counted: float
 ) -> Tensor:
-    """(classes, 2 F + 1): sums over each class of features and a constant, a vector of norm 1 a record."""
+    """(classes, 2 F + 1): sums over each class of features and a constant, a vector of norm 1 a record.
+
+    The norm is right to about 1e-7, far below the steps of 0.0001 that noise multipliers are rounded up in; the sums
+    are in float64, so that a record does not also move the rounding of the others.
+    """
     device = features.frequencies.device
     total = torch.zeros(classes, 2 * len(features.frequencies) + 1, dtype=torch.float64)
     for x, y in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
         found = features(x.to(device).float() / 255, slice(None)) * math.sqrt(1 - counted)
         whole = functional.pad(found, (0, 1), value=math.sqrt(counted))
-        total += (functional.one_hot(y.to(device), classes).T.to(whole.dtype) @ whole).double().cpu()
+        total += (functional.one_hot(y.to(device), classes).T.double() @ whole.double()).cpu()
     return total
 
 

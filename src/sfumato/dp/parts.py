@@ -146,7 +146,7 @@ def encode(parts: Parts, images: Tensor, batch: int = 250) -> Latents:
 @torch.no_grad()
 def decode(parts: Parts, latents: Tensor, batch: int = 250) -> Tensor:
     """Latents in the U-Net's scale to bytes (N, C, side, side)."""
-    images = [parts.vae.decode(block / parts.scale).sample for block in latents.split(batch)]
+    images = [parts.vae.decode(block / parts.scale).sample.float() for block in latents.split(batch)]
     return ((torch.cat(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

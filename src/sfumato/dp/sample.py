@@ -39,7 +39,8 @@ def draw(
     Args:
         steps: of the folder's own scheduler (DDIM: ``eta`` 1 is stochastic, as DP-LDM samples; papers 1.3).
         guidance: weight of the caption; 1 samples without guidance and calls the U-Net once a step.
-        seed: same seed, same images (on one machine).
+        seed: same seed, same images (on one machine, up to rounding of a byte for other ``batch``); more of them
+            begin with the same ones.
         precision: of the U-Net's and decoder's arithmetic, "float32" or "bfloat16".
 
     Raises:
@@ -54,20 +55,24 @@ def draw(
     denoiser = parts.denoiser().eval()
     texts = _texts(parts, [*captions, ""])
     scheduler = parts.scheduler
-    extra = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    generator = torch.Generator()
+    taken = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"eta": eta} if "eta" in taken else {}
     narrow: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
     images = []
     for number, part in enumerate(labels.split(batch)):
-        # A generator of each batch by itself: a longer run begins with the images of a shorter one.
-        generator.manual_seed(seed * 1_000_003 + number)
+        # A generator of each image by itself: a longer run begins with the images of a shorter one.
+        first = seed * 1_000_003 + number * batch
+        generators = [torch.Generator().manual_seed(first + k) for k in range(len(part))]
+        if "generator" in taken:
+            extra["generator"] = generators
         scheduler.set_timesteps(steps)
-        x = torch.randn(len(part), *parts.latent_shape, generator=generator) * scheduler.init_noise_sigma
+        x = torch.stack([torch.randn(parts.latent_shape, generator=g) for g in generators])
+        x = x * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             seen = scheduler.scale_model_input(x, time)
             with narrow:
                 guess = _guess(denoiser, seen, time, texts, part, guidance)
-            x = scheduler.step(guess.float(), time, x, generator=generator, **extra).prev_sample
+            x = scheduler.step(guess.float(), time, x, **extra).prev_sample
         with narrow:
             images.append(decode(parts, x))
         if progress is not None:

@@ -7,6 +7,7 @@ the guarantee holds for any of it. The coins that choose records and the noise o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,11 +83,15 @@ class Trainer:
             stream=stream,
             normalise=recipe.normalise and recipe.private,
         )
+        if distributed.is_available() and distributed.is_initialized():
+            for p in choice.parameters:  # adapters begin at random, and everywhere at the same place
+                distributed.broadcast(p.detach(), 0)
         self.average = [p.detach().clone() for p in choice.parameters]
         self.step_number = 0
         self.generator = torch.Generator()
         self.generator.seed()
-        self._changed = choice.watch()
+        # Until the first step that must change something: not one of nobody without noise.
+        self._changed: Callable[[], None] | None = choice.watch()
 
     def step(self, rows: Tensor) -> None:
         """One logical batch: the records at ``rows``, of all processes together."""
@@ -99,7 +104,9 @@ class Trainer:
             self.gradients.backward(self.losses(part))
             self.optimizer.accumulate()
         self.optimizer.step()
-        self._changed() if self.step_number == 0 else None
+        if self._changed is not None and (len(rows) or self.optimizer.noise_multiplier > 0):
+            self._changed()
+            self._changed = None
         self.step_number += 1
         self._update_average()
 
