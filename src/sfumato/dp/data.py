@@ -8,6 +8,7 @@ model's pixels is fixed beforehand (size, padding, grey or colour): none of them
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Records:
             raise JobError(
                 f"images are bytes (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}"
             )
+        if self.images.shape[1] not in (1, 3):
+            raise JobError(f"images have {self.images.shape[1]} channels; give grey ones (1) or colours (3)")
         if len(self.images) != len(self.labels) or not len(self.images):
             raise JobError(
                 f"{len(self.images)} images and {len(self.labels)} labels; give as many of each, at least one"
@@ -61,7 +64,9 @@ class Records:
         return Records(self.images, torch.zeros_like(self.labels), ("",))
 
 
-def read_records(path: Path, *, captions: Sequence[str] = (), split: str = "train") -> Records:
+def read_records(
+    path: Path, *, captions: Sequence[str] = (), split: str = "train", unlabelled: str | None = None
+) -> Records:
     """Images and captions at ``path``.
 
     Args:
@@ -69,6 +74,7 @@ def read_records(path: Path, *, captions: Sequence[str] = (), split: str = "trai
         captions: one per class, in the order of the labels (of the folder names, sorted). May be left out where the
             files have texts of their own, or class folders, whose names are then the captions.
         split: ``"train"`` or ``"test"``: which arrays of an ``.npz``, which of a folder's idx files.
+        unlabelled: caption of an ``.npz`` of images without labels; None refuses one.
 
     Raises:
         JobError: nothing readable there, labels missing, or captions that do not fit.
@@ -81,7 +87,10 @@ def read_records(path: Path, *, captions: Sequence[str] = (), split: str = "trai
     if path.is_dir():
         return _folders(path, captions)
     if path.suffix == ".npz" and path.is_file():
-        return _arrays(path, captions, split)
+        try:
+            return _arrays(path, captions, split, unlabelled)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # damaged, or arrays of objects
+            raise JobError(f"{path} is not a readable .npz: {error}") from None
     raise JobError(
         f"{path}: no images to read; give a folder of class folders, a folder with metadata.jsonl, an .npz with images "
         "and labels, or a folder of idx files"
@@ -114,7 +123,9 @@ def fit(images: Tensor, channels: int, side: int) -> Tensor:
 def _opened(path: Path, mode: str | None = None) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            chosen = mode or ("L" if picture.mode in {"L", "1", "I", "I;16"} else "RGB")
+            if picture.mode[0] in "IF":
+                raise JobError(f"{path} has more than 8 bits a channel; convert all images to 8 bits")
+            chosen = mode or ("L" if picture.mode in {"L", "1"} else "RGB")
             array = np.asarray(picture.convert(chosen))
     except (OSError, UnidentifiedImageError):
         raise JobError(f"{path} is not a readable image; remove or replace it") from None
@@ -164,7 +175,9 @@ def _captioned(path: Path) -> Records:
             continue
         try:
             entry = json.loads(line)
-            file, text = str(entry["file_name"]), str(entry["text"])
+            file, text = entry["file_name"], entry["text"]
+            if not isinstance(file, str) or not isinstance(text, str):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise JobError(f"{path / 'metadata.jsonl'}, line {number}: needs file_name and text") from None
         if not (path / file).resolve().is_relative_to(path.resolve()):
@@ -196,7 +209,7 @@ def _idx(path: Path, captions: Sequence[str], split: str) -> Records:
     return _labelled(path, images[:, None], labels, captions)
 
 
-def _arrays(path: Path, captions: Sequence[str], split: str) -> Records:
+def _arrays(path: Path, captions: Sequence[str], split: str, unlabelled: str | None) -> Records:
     with np.load(path, allow_pickle=False) as arrays:
         names = next((n for n in ((f"{split}_images", f"{split}_labels"), ("images", "labels"), ("x", "y"))
                       if n[0] in arrays), None)  # fmt: skip
@@ -204,11 +217,15 @@ def _arrays(path: Path, captions: Sequence[str], split: str) -> Records:
             raise JobError(
                 f"{path}: no array 'images' or '{split}_images' in it; it has {', '.join(arrays.files)}"
             )
-        if names[1] not in arrays:
+        images = arrays[names[0]]
+        if names[1] in arrays:
+            labels = arrays[names[1]]
+        elif unlabelled is not None:
+            labels, captions = np.zeros(len(images), np.int64), (unlabelled,)
+        else:
             raise JobError(
                 f"{path}: {names[0]} has no labels; add an array {names[1]!r}, one number per image"
             )
-        images, labels = arrays[names[0]], arrays[names[1]]
         if not captions and "captions" in arrays:
             captions = [str(text) for text in arrays["captions"]]
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -220,6 +237,8 @@ def _arrays(path: Path, captions: Sequence[str], split: str) -> Records:
 
 
 def _labelled(path: Path, images: np.ndarray, labels: np.ndarray, captions: Sequence[str]) -> Records:
+    if labels.dtype.kind not in "iu":
+        raise JobError(f"{path}: labels are whole numbers, not {labels.dtype}; number the classes from 0")
     flat = torch.from_numpy(labels.astype(np.int64).reshape(-1))
     if not captions:
         raise JobError(

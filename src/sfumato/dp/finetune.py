@@ -25,7 +25,7 @@ from torch import distributed
 from sfumato.dp.data import Records, fit
 from sfumato.dp.gradients import validate
 from sfumato.dp.ledger import Ledger, Register
-from sfumato.dp.parts import Parts, encode, load_parts
+from sfumato.dp.parts import PREDICTIONS, Parts, encode, load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.sources import (
@@ -158,6 +158,16 @@ def _check(parts: Parts, records: Records, out: Path) -> None:
             raise JobError(
                 "two captions are the same to the model's tokenizer (too long, or odd words); shorten or reword them"
             )
+    kind = parts.scheduler.config.get("prediction_type")
+    if kind not in PREDICTIONS or not hasattr(parts.scheduler, "alphas_cumprod"):
+        raise JobError(
+            f"the pipeline's {type(parts.scheduler).__name__} predicts {kind!r}; fine-tuning knows diffusion that "
+            f"predicts {', '.join(PREDICTIONS)}"
+        )
+    if parts.unet.config.out_channels != parts.unet.config.in_channels:
+        raise JobError(
+            "the U-Net predicts more than its input has (a learnt variance); take one that predicts as many channels"
+        )
     if out.exists() and not out.is_dir():
         raise JobError(f"{out} is a file; name a folder for this run")
 
@@ -203,10 +213,14 @@ def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | Non
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     if state["run"] != ledger.run:
-        raise JobError(f"{where} of another run than its ledger's; restore that run's ledger, or name a new folder")
-    if not ledger.done <= state["done"] <= ledger.reserved:
+        raise JobError(
+            f"{where} of another run than its ledger's; restore that run's ledger, or name a new folder"
+        )
+    if not ledger.done <= state["done"] <= state["step"] <= ledger.reserved:
         older = "older" if state["done"] < ledger.done else "newer"
-        raise JobError(f"{where} that is {older} than its ledger; restore both of one moment, or name a new folder")
+        raise JobError(
+            f"{where} that is {older} than its ledger; restore both of one moment, or name a new folder"
+        )
     return state
 
 

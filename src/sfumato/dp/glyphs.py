@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +42,25 @@ class Glyphs:
     labels: Tensor
     groups: Tensor
     names: tuple[str, ...]
+    _weights: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def choose(self, count: int, generator: torch.Generator, classes: Sequence[int] | None = None) -> Tensor:
+    def choose(
+        self, count: int, generator: torch.Generator, classes: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Indices (count,): a class (of ``classes``) at random, a group within it, a glyph within that."""
-        wanted = torch.tensor(sorted(set(classes if classes is not None else self.labels.tolist())))
+        weights = self._weights.get(classes)
+        if weights is None:
+            weights = self._weights[classes] = self._weights_of(classes)
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+    def _weights_of(self, classes: tuple[int, ...] | None) -> Tensor:
+        wanted = torch.tensor(classes) if classes is not None else self.labels.unique()
         weight = torch.zeros(len(self.labels), dtype=torch.float64)
-        allowed = torch.isin(self.labels, wanted)
-        pairs = self.labels * (int(self.groups.max()) + 1) + self.groups
-        _, where, sizes = pairs[allowed].unique(return_inverse=True, return_counts=True)
-        groups_of_class = torch.zeros(int(self.labels.max()) + 1, dtype=torch.float64)
         for label in wanted.tolist():
-            groups_of_class[label] = len(pairs[self.labels == label].unique())
-        weight[allowed] = 1.0 / (sizes[where].double() * groups_of_class[self.labels[allowed]])
-        return torch.multinomial(weight, count, replacement=True, generator=generator)
+            own = self.labels == label
+            _, where, sizes = self.groups[own].unique(return_inverse=True, return_counts=True)
+            weight[own] = 1.0 / (len(sizes) * sizes[where].double())
+        return weight
 
 
 def system_fonts(folders: Sequence[Path] = ()) -> list[Path]:

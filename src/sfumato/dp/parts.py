@@ -17,6 +17,8 @@ __all__ = ["Denoiser", "Latents", "Parts", "encode", "load_parts", "target"]
 
 #: Pipelines that can be fine-tuned: with a text encoder, and without.
 _WITH_TEXT, _WITHOUT = "StableDiffusionPipeline", "LDMPipeline"
+#: What a U-Net may be trained to predict (`target`).
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Denoiser(nn.Module):
@@ -159,4 +161,4 @@ def target(scheduler: Any, clean: Tensor, noise: Tensor, signal: Tensor) -> Tens
         return signal.sqrt() * noise - (1 - signal).sqrt() * clean
     if kind == "sample":
         return clean
-    raise JobError(f"the model predicts {kind!r}; fine-tuning knows epsilon, v_prediction and sample")
+    raise JobError(f"the model predicts {kind!r}; fine-tuning knows {', '.join(PREDICTIONS)}")

@@ -240,19 +240,21 @@ class Public:
         Raises:
             JobError: nothing to learn from, or files that cannot be read.
         """
+        if self.channels not in (1, 3):
+            raise JobError(f"channels is {self.channels}; images are grey (1) or coloured (3)")
         parts: list[tuple[Source, float, float]] = []
         seen: list[Seen] = []
         if self.fonts is not None:
             files = system_fonts(self.fonts)
             glyphs = glyphs_of_fonts(files)
             digits = tuple(k for k, name in enumerate(glyphs.names) if name.isdigit())
-            parts.append((Characters("fonts: all characters", glyphs), 0.55, 0.2))
-            parts.append((Characters("fonts: digits", glyphs, digits), 0.0, 0.45))
+            parts.append((Characters("fonts: all characters", glyphs, None, self.channels), 0.55, 0.2))
+            parts.append((Characters("fonts: digits", glyphs, digits, self.channels), 0.0, 0.45))
             families = len(glyphs.groups.unique())
             seen.append(Seen.declared("rendered fonts", f"{families} families, files {_digest(files)}"))
         if self.drawings is not None:
             glyphs, masks = _drawings(self.drawings)
-            parts.append((Characters("drawings", glyphs), 0.3, 0.25))
+            parts.append((Characters("drawings", glyphs, None, self.channels), 0.3, 0.25))
             seen.append(Seen.of(self.drawings.stem, "drawn characters", masks))
         for path in self.images:
             records = read_records(path)

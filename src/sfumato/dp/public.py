@@ -15,6 +15,8 @@ from sfumato.zoo.train.prompts import DIGITS
 
 __all__ = ["Characters", "Mixture", "Source", "Stills", "caption_of_character"]
 
+_SIDE = 32
+
 
 class Source(ABC):
     """Images that anybody may have, with captions."""
@@ -42,11 +44,13 @@ def caption_of_character(character: str) -> str:
 
 @dataclass(frozen=True)
 class Characters(Source):
-    """Glyphs drawn with pens of many widths (`glyphs`); ``classes``: labels that are drawn, ``None`` for all."""
+    """Glyphs drawn with pens of many widths (`glyphs`); ``classes``: labels that are drawn, ``None`` for all;
+    ``channels``: 3 for images beside which there are coloured ones."""
 
     name: str
     glyphs: Glyphs
     classes: tuple[int, ...] | None = None
+    channels: int = 1
     captions: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,8 @@ class Characters(Source):
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = self.glyphs.choose(count, generator, self.classes)
-        return padded(draw_glyphs(self.glyphs.fields[chosen], generator)), self.glyphs.labels[chosen]
+        images = padded(draw_glyphs(self.glyphs.fields[chosen], generator))
+        return images.expand(-1, self.channels, -1, -1), self.glyphs.labels[chosen]
 
     def stills(self) -> Tensor | None:
         return None
@@ -66,7 +71,8 @@ class Characters(Source):
 
 @dataclass(frozen=True)
 class Stills(Source):
-    """``images`` (N, C, H, W) bytes, ``labels`` (N,): indices into ``captions``; half mirrored if ``mirror``."""
+    """``images`` (N, C, H, W) bytes, ``labels`` (N,): indices into ``captions``; half mirrored if ``mirror``.
+    Of images larger than 32 pixels a square is cut out at random, of a quarter of the side to all of it."""
 
     name: str
     images: Tensor
@@ -77,6 +83,8 @@ class Stills(Source):
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(0, len(self.images), (count,), generator=generator)
         images = padded(self.images[chosen].float() / 255)
+        if images.shape[-1] > _SIDE:
+            images = _cropped(images, generator)
         if self.mirror:
             turned = torch.rand(count, generator=generator) < 0.5
             images = torch.where(turned[:, None, None, None], images.flip(-1), images)
@@ -84,6 +92,19 @@ class Stills(Source):
 
     def stills(self) -> Tensor | None:
         return self.images
+
+
+def _cropped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A square of each image (N, C, H, W), (N, C, 32, 32)."""
+    count, side = len(images), min(images.shape[2:])
+    sizes = (side * (0.25 + 0.75 * torch.rand(count, generator=generator))).round().long().clamp(min=_SIDE)
+    places = torch.rand(2, count, generator=generator)
+    parts = []
+    for image, size, y, x in zip(images, sizes.tolist(), *places.tolist(), strict=True):
+        top, left = round(y * (image.shape[1] - size)), round(x * (image.shape[2] - size))
+        cut = image[None, :, top : top + size, left : left + size]
+        parts.append(functional.interpolate(cut, size=(_SIDE, _SIDE), mode="bilinear", antialias=True))
+    return torch.cat(parts)
 
 
 def padded(images: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ PUBLISHED = (
 )
 _READ = """\
 Classifiers are trained on synthetic images alone and their epoch is chosen on synthetic images; accuracy is on real
-test images that nothing was trained on, mean and sample standard deviation over seeds. Guarantees are for adding or removing
-one image with its label; PRV and PLD agree, the larger is printed. Fréchet distance, precision and recall are in the
+test images that nothing was trained on, mean and sample standard deviation over seeds. Guarantees are for adding or
+removing one image with its label; PRV and PLD agree, the larger is printed. Fréchet distance, precision and recall are in the
 features of a classifier that was trained on real images: not FID, and comparable within this page alone. Accuracies and
 distances were measured on real data and are themselves not covered by ε. CPU seconds are of one core."""
 _COSTS = """\
