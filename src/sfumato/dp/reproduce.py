@@ -37,7 +37,8 @@ class Setting:
     """Where data, public model and results are, and how much is drawn and trained on it.
 
     ``images`` of a main row, ``few`` of an ablation's; ``kinds`` and ``seeds`` of the classifiers of a main row (an
-    ablation has one CNN); ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator.
+    ablation has one CNN); ``epochs`` of a main row's classifiers,
+    ``few_epochs`` of an ablation's; ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator.
     """
 
     subject: Subject
@@ -50,7 +51,8 @@ class Setting:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 25
     kernel_minutes: float = 5.0
-    epochs: int = 8
+    epochs: int = 4
+    few_epochs: int = 10
     precision: str = "float32"
 
     @property
@@ -88,7 +90,8 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     sample.grid(_by_class(images, made.labels, len(made.captions)), 20, 2).save(path.with_suffix(".png"))
     told("classifiers", 0, 1)
     kinds, seeds = (setting.kinds, setting.seeds) if row.main else (("cnn",), (0,))
-    recipe = evaluate.Recipe(epochs=setting.epochs, mirror=setting.subject.mirror)
+    epochs = setting.epochs if row.main else setting.few_epochs
+    recipe = evaluate.Recipe(epochs=epochs, mirror=setting.subject.mirror)
     if row.captions:
         record["utility"] = [
             found.to_json()

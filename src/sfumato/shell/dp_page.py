@@ -25,13 +25,13 @@ PUBLISHED = (
 _READ = """\
 Classifiers are trained on synthetic images alone and their epoch is chosen on synthetic images; accuracy is on real
 test images that nothing was trained on, mean and sample standard deviation over seeds. Guarantees are for adding or
-removing one image with its label; PRV and PLD agree, the larger is printed. Fréchet distance, precision and recall are in the
-features of a classifier that was trained on real images: not FID, and comparable within this page alone. Accuracies and
-distances were measured on real data and are themselves not covered by ε. CPU seconds are of one core."""
+removing one image with its label; PRV and PLD agree, the larger is printed. Fréchet distance, precision and recall
+are in the features of a classifier that was trained on real images: not FID, and comparable within this page alone.
+Accuracies and distances were measured on real data and are themselves not covered by ε. CPU seconds are of one core."""
 _COSTS = """\
-Protocols differ (sample counts, δ, how the classifier is chosen). Cost that DP-LDM prints for CIFAR-10: 15 GPU hours of
-private training and 192 of pre-training (RTX A4000), where DP-API takes 500 and DP-Diffusion 1,250 (V100); ours is in
-the column of CPU seconds."""
+Protocols differ (sample counts, δ, how the classifier is chosen). Cost that DP-LDM prints for CIFAR-10: 15 GPU hours
+of private training and 192 of pre-training (RTX A4000), where DP-API takes 500 and DP-Diffusion 1,250 (V100); ours is
+in the column of CPU seconds."""
 _SHORT = """\
 Trained half as long as the main rows, 10,000 images, one CNN of one seed, so differences below about half a point are
 noise."""
