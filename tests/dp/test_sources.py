@@ -101,6 +101,11 @@ def test_every_pixel_counts() -> None:
     assert len(fingerprint(copies)) == 193
 
 
+def test_the_shape_counts() -> None:
+    image = torch.randint(0, 256, (1, 1, 6, 8), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    assert not torch.equal(fingerprint(image), fingerprint(image.reshape(1, 1, 8, 6)))
+
+
 def test_images_without_identity_are_left_out() -> None:
     flat = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 8, 8)
     stripes = torch.arange(8, dtype=torch.uint8).reshape(1, 1, 8, 1).expand(1, 3, 8, 8)

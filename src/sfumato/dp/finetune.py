@@ -40,6 +40,7 @@ from sfumato.dp.sources import (
 from sfumato.dp.trainable import Choice, choose, merge
 from sfumato.dp.trainer import Trainer, poisson_batch
 from sfumato.errors import JobError
+from sfumato.zoo import GLYPHS, glyphs_path
 from sfumato.zoo.train.build import save_pipeline
 from sfumato.zoo.train.loop import rank
 
@@ -75,6 +76,7 @@ def finetune(
     every process calls this alike; rank 0 accounts, adds noise and writes.
 
     Args:
+        public: a pipeline's folder, or ``"glyphs"``, the public start that comes with sfumato.
         declared: what the public model has seen, where its folder does not say (then nothing can be checked).
         register, limit_epsilon: the data holder's list of runs on this data, and the most that all may cost together.
 
@@ -84,6 +86,7 @@ def finetune(
         BudgetExceeded: the budget, or the limit of all runs, would be passed.
     """
     told: Progress = progress or (lambda what, done, of: None)
+    public = glyphs_path() if str(public) == GLYPHS else Path(public)
     parts = load_parts(public)
     _check(parts, records, out)
     prints = fingerprint(records.images)

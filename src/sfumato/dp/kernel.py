@@ -91,11 +91,13 @@ class RandomFeatures(nn.Module):
 
 
 class Generator(nn.Module):
-    """Normal noise and a class to images (N, C, S, S) in [0, 1], by two hidden layers.
+    """Normal noise and a class to images (N, C, S, S) in [0, 1], by two hidden layers and a fixed binomial blur.
 
     Linear layers, not convolutions: in the same CPU time they take four times as many steps, and what they make was
     better on Fashion-MNIST (classifier 70 % against 66 %, 20 CPU seconds of training each, without noise).
     """
+
+    blur: Tensor
 
     def __init__(self, noise: int, classes: int, shape: tuple[int, int, int], width: int = 512) -> None:
         super().__init__()
@@ -109,10 +111,14 @@ class Generator(nn.Module):
             nn.ReLU(),
             nn.Linear(width, math.prod(shape)),
         )
+        # Before the sigmoid, so that edges can still be sharp; without it the images have grains of single pixels.
+        binomial = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("blur", torch.outer(binomial, binomial).expand(shape[0], 1, 3, 3).contiguous())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         known = functional.one_hot(labels, self.classes).to(noise.dtype)
-        return self.body(torch.cat([noise, known], 1)).sigmoid().view(len(noise), *self.shape)
+        scores = self.body(torch.cat([noise, known], 1)).view(len(noise), *self.shape)
+        return functional.conv2d(scores, self.blur, padding=1, groups=self.shape[0]).sigmoid()
 
 
 @dataclass(frozen=True, slots=True)

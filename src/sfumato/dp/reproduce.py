@@ -106,11 +106,11 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     if setting.subject.judge is not None:
         features = evaluate.judge_features(setting.subject.judge)
         few = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: setting.few]]
+        real = private.images[: setting.few]
+        # What no sampler behind this autoencoder can pass; once, with the row of real images.
+        floor = reconstructed(setting.public, real, side) if row.kind == "real" else None
         record["distance"] = evaluate.distance(
-            few,
-            private.images[: setting.few],
-            features=features,
-            name=f"sfumato judge {setting.subject.judge}",
+            few, real, features=features, name=f"sfumato judge {setting.subject.judge}", reconstructions=floor
         ).to_json()
     if row.main and row.kind != "real":
         part = slice(0, 2000)

@@ -90,7 +90,9 @@ def pretrain(
 @clean
 @needs_dp
 def train(
-    public: Annotated[Path, typer.Option(help="Pipeline folder to start from.")],
+    public: Annotated[
+        Path, typer.Option(help="Pipeline folder to start from, or 'glyphs', which comes with sfumato.")
+    ],
     private: Annotated[
         Path,
         typer.Option(

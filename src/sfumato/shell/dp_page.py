@@ -57,7 +57,7 @@ def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None 
     main = [row for row in rows.values() if row["main"]]
     if main:
         lines += ["## Main rows", "", *_table(main)]
-        lines += _sanity(main)
+        lines += [*_floor(main), *_sanity(main)]
     for epsilon in (1.0, 10.0):
         few = [
             row
@@ -140,6 +140,17 @@ def _accuracy(found: Mapping[str, Any] | None) -> str:
 
 def _number(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _floor(rows: Sequence[Row]) -> list[str]:
+    floors = [
+        row["distance"]["floor"]
+        for row in rows
+        if row.get("distance") and row["distance"]["floor"] is not None
+    ]
+    if not floors:
+        return []
+    return [f"Real images through the public autoencoder and back are at a distance of {floors[0]:.2f}.", ""]
 
 
 def _sanity(rows: Sequence[Row]) -> list[str]:

@@ -17,6 +17,15 @@ def distilled_weights() -> Path:
     return Path(__file__).resolve().parent / "weights" / f"{DISTILLED}.safetensors"
 
 
+GLYPHS = "glyphs"
+"""Name of the public start of private training: written characters, trained on public images alone."""
+
+
+def glyphs_path() -> Path:
+    """Folder of that pipeline (diffusers layout, with the record of what it has seen)."""
+    return Path(__file__).resolve().parent / GLYPHS
+
+
 def embedded_path() -> Path:
     """Folder of the embedded text-to-image pipeline (diffusers layout)."""
     return Path(__file__).resolve().parent / "embedded"

@@ -1,0 +1,522 @@
+"""A fine-tuning from a public folder to a folder that may be published: what changes, what it costs, what leaks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file
+from torch import nn
+
+from sfumato.dp import finetune as module
+from sfumato.dp.data import Records
+from sfumato.dp.finetune import Run, finetune
+from sfumato.dp.ledger import Ledger, Register
+from sfumato.dp.parts import load_parts
+from sfumato.dp.randomness import SecretStream
+from sfumato.dp.recipe import Recipe
+from sfumato.dp.sources import read_sources
+from sfumato.dp.trainer import Trainer, poisson_batch
+from sfumato.errors import BudgetExceeded, JobError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import CAPTIONS, images_of, records_of
+
+RECIPE = Recipe(epsilon=8.0, delta=1e-3, epochs=3, batch=32, draws=2, interval=2, physical=32)
+STEPS = 6  # of 64 records
+
+
+@pytest.fixture(scope="module")
+def records() -> Records:
+    return records_of(64)
+
+
+@pytest.fixture(scope="module")
+def run(public: Path, records: Records, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finetune(public, records, RECIPE, tmp_path_factory.mktemp("run") / "out")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a pipeline folder, by part and name."""
+    return {
+        f"{file.parent.name}.{name}": value
+        for file in sorted(folder.glob("*/*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def changed(one: Path, other: Path) -> set[str]:
+    before, after = weights(one), weights(other)
+    assert before.keys() == after.keys()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------
+
+
+def test_the_ledger_says_what_was_done(run: Run, public: Path) -> None:
+    ledger = Ledger.read(run.model / "ledger.json")
+    assert ledger == run.ledger == Ledger.read(run.model.parent / "ledger.json")
+    assert (ledger.done, ledger.reserved, ledger.event.steps) == (STEPS, STEPS, STEPS)
+    assert ledger.ended is not None
+    spent = ledger.spent()
+    assert 0 < spent.prv <= RECIPE.epsilon
+    assert 0 < spent.pld <= RECIPE.epsilon
+    assert spent.epsilon == pytest.approx(
+        RECIPE.epsilon, rel=0.01
+    )  # and no more noise than the budget asks for
+    assert (ledger.event.sample_rate, ledger.records, ledger.expected_batch) == (0.5, 64, 32.0)
+    assert Recipe.from_json({k: v for k, v in ledger.recipe.items() if k != "captions"}) == RECIPE
+    assert ledger.captions == CAPTIONS
+    # The next one who starts from this model sees what it has seen.
+    sources = read_sources(run.model)
+    assert sources.digests().items() > read_sources(public).digests().items()
+    assert any(ledger.run in name for name in sources.digests())
+
+
+def test_what_is_not_trained_stays_bit_for_bit(run: Run, public: Path) -> None:
+    found = changed(public, run.model)
+    assert found
+    assert all(
+        name.startswith("text_encoder.") or ".attentions." in name for name in found
+    )  # no autoencoder, ResBlock, time embedding or convolution at either end
+    everything = weights(public)
+    trained = {n for n in everything if n.startswith("text_encoder.") or ".attentions." in n}
+    assert found == trained
+    for part in ("scheduler", "tokenizer", "vae", "unet"):
+        for file in (public / part).glob("*.json"):
+            assert json.loads(file.read_text()) == json.loads((run.model / part / file.name).read_text())
+
+
+def test_no_buffer_changes(run: Run, public: Path) -> None:
+    before, after = load_parts(public), load_parts(run.model)
+    for name in ("vae", "unet", "text_encoder"):
+        ours = dict(getattr(after, name).named_buffers())
+        for key, value in getattr(before, name).named_buffers():
+            assert torch.equal(value, ours[key]), key
+    assert torch.equal(before.scheduler.alphas_cumprod, after.scheduler.alphas_cumprod)
+    assert before.scale == after.scale
+
+
+def test_diffusers_loads_every_key(run: Run) -> None:
+    _, info = UNet2DConditionModel.from_pretrained(run.model / "unet", output_loading_info=True)
+    assert not any(info.values()), info
+    pipeline = StableDiffusionPipeline.from_pretrained(run.model, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(CAPTIONS[3], height=32, width=32, num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 32, 1)
+    assert np.isfinite(images).all()
+
+
+def test_what_is_private_is_not_in_the_published_folder(
+    public: Path, records: Records, tmp_path: Path
+) -> None:
+    texts = tuple(f"patient number {n} has a fracture" for n in ("one", "two", "three", "four"))
+    own = Records(records.images, records.labels % 4, texts, classes=False)
+    run = finetune(public, own, replace(RECIPE, epochs=1), tmp_path / "out")
+    assert run.ledger.captions == ("",)
+    assert not files_with(run.model, "fracture")
+    assert not files_with(tmp_path / "out", "fracture")
+    # Nor the key of the commitment, nor the optimizer's state.
+    key = (tmp_path / "out" / "private.key").read_bytes()
+    assert not [path for path in run.model.rglob("*") if path.is_file() and key in path.read_bytes()]
+    assert not list(run.model.rglob("*.pt")) + list(run.model.rglob("*.key"))
+    assert (tmp_path / "out" / "private.key").stat().st_mode & 0o077 == 0
+
+
+def test_no_seed_makes_a_run_again(public: Path, records: Records, tmp_path: Path) -> None:
+    """A known seed would let the noise be taken off."""
+    made = []
+    for name in ("one", "two"):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        made.append(finetune(public, records, replace(RECIPE, epochs=1), tmp_path / name).model)
+    trained = {n for n in weights(public) if n.startswith("text_encoder.") or ".attentions." in n}
+    assert changed(*made) == trained
+
+
+# ---- what can be trained -----------------------------------------------------------------------------------
+
+
+def test_adapters_are_merged(public: Path, records: Records, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="no peft")
+    run = finetune(public, records, replace(RECIPE, epochs=1, what="lora", rank=2), tmp_path / "out")
+    assert not [name for name in weights(run.model) if "lora" in name]
+    found = changed(public, run.model)
+    assert {name for name in found if name.startswith("unet.")} == {
+        name
+        for name in weights(public)
+        if name.startswith("unet.") and name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    }  # fmt: skip
+    _, info = UNet2DConditionModel.from_pretrained(run.model / "unet", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_adapters_go_on_after_a_crash(public: Path, records: Records, tmp_path: Path) -> None:
+    """Adapters begin at random numbers, which a second process must not draw anew."""
+    pytest.importorskip("peft", reason="no peft")
+    recipe = replace(RECIPE, what="lora", rank=2, interval=2)
+    with pytest.raises(Stopped):
+        finetune(public, records, recipe, tmp_path / "out", progress=stop_at(3))
+    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    held: list[list[torch.Tensor]] = []
+
+    def look(what: str, done: int, of: int) -> None:
+        if what == "steps" and not held:
+            held.append([])
+
+    original = Trainer.step
+
+    def first(self: Trainer, rows: torch.Tensor) -> None:
+        if not held:
+            held.append([p.detach().clone() for p in self.choice.parameters])
+        original(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", first)
+        finetune(public, records, recipe, tmp_path / "out", progress=look)
+    assert all(torch.equal(a, b) for a, b in zip(held[0], saved["parameters"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ({"what": "conditioning"}, ("text_encoder.",)),
+        ({"what": "all"}, ("text_encoder.", "unet.")),
+        ({"first": 2}, ("text_encoder.", "unet.mid_block.attentions.", "unet.up_blocks.0.attentions.")),
+    ],
+)
+def test_other_parts(
+    public: Path, records: Records, tmp_path: Path, change: dict[str, Any], trained: tuple[str, ...]
+) -> None:
+    run = finetune(public, records, replace(RECIPE, epochs=1, **change), tmp_path / "out")
+    assert changed(public, run.model) == {name for name in weights(public) if name.startswith(trained)}
+
+
+def test_without_captions(public_unconditional: Path, records: Records, tmp_path: Path) -> None:
+    run = finetune(
+        public_unconditional, records.without_captions(), replace(RECIPE, epochs=1), tmp_path / "out"
+    )
+    found = changed(public_unconditional, run.model)
+    assert found == {name for name in weights(public_unconditional) if ".attentions." in name}
+    _, info = UNet2DModel.from_pretrained(run.model / "unet", output_loading_info=True)
+    assert not any(info.values()), info
+    DiffusionPipeline.from_pretrained(run.model, local_files_only=True)
+    assert run.ledger.captions == ("",)
+
+
+def test_narrow_arithmetic_and_no_budget(public: Path, records: Records, tmp_path: Path) -> None:
+    recipe = replace(
+        RECIPE, epsilon=float("inf"), epochs=1, precision="bfloat16", decay="constant", average=0.0, normalise=False
+    )  # fmt: skip
+    run = finetune(public, records, recipe, tmp_path / "out")
+    assert run.ledger.event.noise_multiplier == 0
+    assert run.ledger.spent().epsilon == float("inf")
+    assert changed(public, run.model)
+
+
+# ---- a killed run ------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> module.Progress:
+    def progress(what: str, done: int, of: int) -> None:
+        if what == "steps" and done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Grows with every private step that really runs."""
+    ran: list[int] = []
+    original = Trainer.step
+
+    def counted(self: Trainer, rows: torch.Tensor) -> None:
+        ran.append(len(rows))
+        original(self, rows)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    yield ran
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_a_crash_costs_training_and_no_privacy(
+    public: Path, records: Records, tmp_path: Path, steps: list[int], at: int
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        finetune(public, records, RECIPE, out, progress=stop_at(at))
+    ledger = Ledger.read(out / "ledger.json")
+    assert len(steps) == at <= ledger.reserved
+    assert ledger.reserved - ledger.done <= RECIPE.interval
+    assert not (out / "model").exists()
+    run = finetune(public, records, RECIPE, out)
+    assert run.ledger.reserved == STEPS
+    assert len(steps) <= STEPS
+    assert run.ledger.done >= STEPS - RECIPE.interval
+    assert run.ledger.run == ledger.run
+    assert run.ledger.event == ledger.event
+    assert run.ledger.spent().epsilon <= RECIPE.epsilon
+
+
+@pytest.mark.parametrize("where", ["_save", "_keep", "_publish"])
+def test_a_crash_while_writing(
+    public: Path, records: Records, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:  # fmt: skip
+    """Between a checkpoint and the ledger that says so, and everywhere else."""
+    out, original, calls = tmp_path / "out", getattr(module, where), iter(range(100))
+
+    def dies(*given: Any) -> None:
+        if next(calls) == (0 if where == "_publish" else 3):
+            raise Stopped
+        original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, where, dies)
+        with pytest.raises(Stopped):
+            finetune(public, records, replace(RECIPE, interval=1), out)
+    ledger = Ledger.read(out / "ledger.json")
+    assert ledger.done <= len(steps) <= ledger.reserved
+    run = finetune(public, records, replace(RECIPE, interval=1), out)
+    assert run.ledger.reserved == STEPS
+    assert len(steps) <= STEPS
+    # A step whose checkpoint was written counts as done though the ledger did not say so yet.
+    assert run.ledger.done == (STEPS - 1 if where == "_save" else STEPS)
+
+
+def test_a_finished_run_costs_nothing_more(
+    public: Path, records: Records, steps: list[int], run: Run
+) -> None:
+    before = weights(run.model)
+    again = finetune(public, records, RECIPE, run.model.parent)
+    assert steps == []
+    assert again.ledger == run.ledger
+    after = weights(run.model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def refused(sentence: str, *given: Any, **more: Any) -> None:
+    """`finetune` says so, in one line, and takes no step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda *_: pytest.fail("a step ran"))
+        with pytest.raises(JobError, match=sentence) as raised:
+            finetune(*given, **more)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def broken(public: Path, records: Records, tmp_path: Path) -> Path:
+    """A run that died in its fourth step, with two steps in the checkpoint."""
+    with pytest.raises(Stopped):
+        finetune(public, records, RECIPE, tmp_path / "out", progress=stop_at(4))
+    return tmp_path / "out"
+
+
+def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path, tmp_path: Path) -> None:
+    held = (broken / "ledger.json").read_bytes()
+    refused("holds a run with another recipe;", public, records, replace(RECIPE, rate=2e-3), broken)
+    refused("another epsilon, recipe;", public, records, replace(RECIPE, epsilon=9.0), broken)
+    refused("another private images or key;", public, Records(images_of(64, 7), records.labels, CAPTIONS),
+            RECIPE, broken)  # fmt: skip
+    refused("another records, private images or key", public, records.first(40), RECIPE, broken)
+    other = public.parent / "declared"
+    if not other.exists():
+        import shutil
+
+        shutil.copytree(public, other, ignore=shutil.ignore_patterns("sources.*"))
+    refused("another public start;", other, records, RECIPE, broken, declared=["photos"])
+    assert (broken / "ledger.json").read_bytes() == held
+    # But with less memory, since that changes nothing.
+    assert finetune(public, records, replace(RECIPE, physical=8), broken).ledger.reserved == STEPS
+
+
+def test_a_checkpoint_and_its_ledger_belong_together(public: Path, records: Records, broken: Path) -> None:
+    state, ledger = broken / "checkpoint.pt", broken / "ledger.json"
+    saved, told = state.read_bytes(), Ledger.read(ledger)
+
+    state.unlink()
+    refused("checkpoint.pt is missing", public, records, RECIPE, broken)
+    state.write_bytes(saved)
+
+    ledger.unlink()  # a fresh ledger would forget what the weights have cost
+    refused("of another run", public, records, RECIPE, broken)
+
+    replace(told, done=3).write(ledger)
+    refused("older than its ledger", public, records, RECIPE, broken)
+    replace(told, done=0, reserved=1).write(ledger)
+    refused("newer than its ledger", public, records, RECIPE, broken)
+
+    told.write(ledger)
+    assert finetune(public, records, RECIPE, broken).ledger.done == 4
+
+
+def test_an_ended_run_takes_no_step(public: Path, records: Records, broken: Path) -> None:
+    ledger = Ledger.read(broken / "ledger.json")
+    ledger.finish().write(broken / "ledger.json")
+    refused("this run ended at", public, records, RECIPE, broken)
+
+
+def test_a_register_adds_runs_up(public: Path, records: Records, tmp_path: Path, steps: list[int]) -> None:
+    register = tmp_path / "runs" / "register.jsonl"
+    recipe = replace(RECIPE, epochs=1)
+    finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
+    again = finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
+    ran = len(steps)
+    with pytest.raises(BudgetExceeded, match="all 2 on these records"):
+        finetune(public, records, recipe, tmp_path / "two", register=register, limit_epsilon=11.0)
+    assert len(steps) == ran == 2
+    assert not (tmp_path / "two" / "ledger.json").exists()
+    other = finetune(public, records, recipe, tmp_path / "two", register=register)
+    assert other.ledger.private == again.ledger.private
+    assert len(register.read_text().splitlines()) == 2
+    assert Register(register).charge(other.ledger).epsilon > recipe.epsilon
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_prompts_that_do_not_fit(
+    public: Path, public_unconditional: Path, records: Records, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    long = " ".join(["a handwritten one"] * 12)
+    same = Records(records.images, records.labels % 2, (f"{long} left", f"{long} right"))
+    refused("two captions are the same to the model's tokenizer", public, same, RECIPE, out)
+    refused("takes no prompts", public_unconditional, records, RECIPE, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch": 65}, "batch is 65, but there are 64 records"),
+        ({"what": "everything"}, "what is trained is one of attention, lora, conditioning, all"),
+        ({"first": 9}, "first=9 is outside the attention modules 1 to"),
+        ({"what": "lora"}, "a rank of at least 1"),
+        ({"epsilon": 1e-6}, "noise"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    public: Path, records: Records, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    refused(sentence, public, records, replace(RECIPE, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def edited(public: Path, to: Path, file: str, **entries: Any) -> Path:
+    """A copy of the folder with entries of a JSON file of it changed."""
+    import shutil
+
+    shutil.copytree(public, to)
+    config = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(config | entries))
+    return to
+
+
+def test_models_that_do_not_fit(public: Path, records: Records, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused("holds no pipeline", tmp_path, records, RECIPE, out)
+    large = edited(public, tmp_path / "xl", "model_index.json", _class_name="StableDiffusionXLPipeline")
+    refused("is a StableDiffusionXLPipeline; fine-tuning takes", large, records, RECIPE, out)
+    odd = edited(public, tmp_path / "odd", "scheduler/scheduler_config.json", prediction_type="flow")
+    refused("predicts 'flow'", odd, records, RECIPE, out)
+    silent = tmp_path / "silent"
+    import shutil
+
+    shutil.copytree(public, silent, ignore=shutil.ignore_patterns("sources.*"))
+    refused("does not say what its model has seen", silent, records, RECIPE, out)
+    assert not out.exists()
+
+
+def test_batch_norm_is_refused(
+    public: Path, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mixing(folder: Path) -> Any:
+        parts = load_parts(folder)
+        parts.unet.conv_norm_out = nn.BatchNorm2d(16)
+        return parts
+
+    monkeypatch.setattr(module, "load_parts", mixing)
+    refused(
+        "conv_norm_out \\(BatchNorm2d\\) normalises over the batch", public, records, RECIPE, tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_public_images_cannot_be_private(public: Path, public_images: torch.Tensor, tmp_path: Path) -> None:
+    """However they are padded or copied to colours."""
+    own = images_of(64, 1)
+    padded = torch.nn.functional.pad(public_images, (2, 2, 2, 2))
+    for seen in (public_images[:3], padded[:3].expand(-1, 3, -1, -1)):
+        wide = torch.nn.functional.pad(own, (2, 2, 2, 2)) if seen.shape[-1] == 32 else own
+        mixed = torch.cat([wide.expand(-1, seen.shape[1], -1, -1), seen])
+        records = Records(mixed, torch.arange(67) % 10, CAPTIONS)
+        refused("has seen 3 of the 67 private images", public, records, RECIPE, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
+
+
+def test_every_record_has_a_coin_of_its_own() -> None:
+    stream, records, rate, batches = SecretStream(b"\1" * 32).child("coins"), 20, 0.3, 8000
+    drawn = torch.zeros(batches, records, dtype=torch.float64)
+    for row in drawn:
+        row[poisson_batch(stream, records, rate)] = 1
+    # Five standard errors of a frequency, and of a product of two independent ones.
+    sure = 5 * (rate * (1 - rate) / batches) ** 0.5
+    assert (drawn.mean(0) - rate).abs().max() < sure
+    both = drawn.T @ drawn / batches
+    both.fill_diagonal_(rate * rate)
+    assert (both - rate * rate).abs().max() < 5 * (rate**2 * (1 - rate**2) / batches) ** 0.5
+    sizes = drawn.sum(1)
+    assert sizes.var() == pytest.approx(records * rate * (1 - rate), rel=0.1)  # no fixed size
+    after = drawn[1:].T @ drawn[:-1] / (batches - 1)  # nor does a step know the one before
+    assert (after - rate * rate).abs().max() < 5 * (rate**2 * (1 - rate**2) / batches) ** 0.5
+
+
+def test_a_rate_of_one_takes_all_and_a_small_one_nobody() -> None:
+    stream = SecretStream().child("coins")
+    assert poisson_batch(stream, 100, 1.0).tolist() == list(range(100))
+    assert min(len(poisson_batch(stream, 10, 0.01)) for _ in range(60)) == 0
+
+
+def test_a_step_of_nobody_is_noise(
+    public: Path, records: Records, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+    original = Trainer.step
+
+    def nobody(self: Trainer, rows: torch.Tensor) -> None:
+        before = [p.detach().clone() for p in self.choice.parameters]
+        sizes.append(len(rows))
+        original(self, rows[:0])
+        moved = [not torch.equal(p, b) for p, b in zip(self.choice.parameters, before, strict=True)]
+        assert all(moved)
+
+    monkeypatch.setattr(Trainer, "step", nobody)
+    run = finetune(public, records, replace(RECIPE, epochs=1), tmp_path / "out")
+    assert run.ledger.done == 2
+
+
+def test_a_full_batch(public: Path, records: Records, tmp_path: Path, steps: list[int]) -> None:
+    run = finetune(public, records, replace(RECIPE, batch=64, epochs=2), tmp_path / "out")
+    assert run.ledger.event.sample_rate == 1.0
+    assert steps == [64, 64]
