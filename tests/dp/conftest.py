@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 
+from sfumato.dp import accountant, recipe
+from sfumato.dp.accountant import Event, Spent
 from sfumato.dp.data import Records
 from sfumato.dp.pretrain import WIDTH_TEXT, make_pipeline
 from sfumato.dp.public import caption_of_character
@@ -25,6 +29,24 @@ def images_of(count: int, seed: int, side: int = 28) -> torch.Tensor:
 
 def records_of(count: int, seed: int = 1, classes: int = 10) -> Records:
     return Records(images_of(count, seed), torch.arange(count) % classes, CAPTIONS[:classes])
+
+
+@pytest.fixture(scope="session")
+def remembered() -> Iterator[None]:
+    """Prices and noise found once for each plan: they are the same every time, and cost seconds."""
+    noise, price = cache(accountant.noise_multiplier), accountant.spent
+
+    @cache
+    def priced(events: tuple[Event, ...], delta: float) -> Spent:
+        return price(events, delta)
+
+    def spent(events: Iterable[Event], delta: float) -> Spent:
+        return priced(tuple(events), delta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "noise_multiplier", noise)
+        patch.setattr(accountant, "spent", spent)
+        yield
 
 
 @pytest.fixture(scope="session")

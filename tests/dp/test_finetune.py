@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from sfumato.errors import BudgetExceeded, JobError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CAPTIONS, images_of, records_of
+
+pytestmark = pytest.mark.usefixtures("remembered")
 
 RECIPE = Recipe(epsilon=8.0, delta=1e-3, epochs=3, batch=32, draws=2, interval=2, physical=32)
 STEPS = 6  # of 64 records
@@ -95,9 +97,11 @@ def test_what_is_not_trained_stays_bit_for_bit(run: Run, public: Path) -> None:
     everything = weights(public)
     trained = {n for n in everything if n.startswith("text_encoder.") or ".attentions." in n}
     assert found == trained
-    for part in ("scheduler", "tokenizer", "vae", "unet"):
+    for part in ("scheduler", "vae", "unet", "text_encoder"):
         for file in (public / part).glob("*.json"):
             assert json.loads(file.read_text()) == json.loads((run.model / part / file.name).read_text())
+    for file in ("vocab.json", "merges.txt"):
+        assert (public / "tokenizer" / file).read_bytes() == (run.model / "tokenizer" / file).read_bytes()
 
 
 def test_no_buffer_changes(run: Run, public: Path) -> None:
@@ -243,7 +247,7 @@ def stop_at(step: int) -> module.Progress:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every private step that really runs."""
     ran: list[int] = []
     original = Trainer.step
@@ -253,7 +257,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         original(self, rows)
 
     monkeypatch.setattr(Trainer, "step", counted)
-    yield ran
+    return ran
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 6])
@@ -338,8 +342,6 @@ def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path,
     refused("another records, private images or key", public, records.first(40), RECIPE, broken)
     other = public.parent / "declared"
     if not other.exists():
-        import shutil
-
         shutil.copytree(public, other, ignore=shutil.ignore_patterns("sources.*"))
     refused("another public start;", other, records, RECIPE, broken, declared=["photos"])
     assert (broken / "ledger.json").read_bytes() == held
@@ -422,8 +424,6 @@ def test_settings_that_do_not_fit(
 
 def edited(public: Path, to: Path, file: str, **entries: Any) -> Path:
     """A copy of the folder with entries of a JSON file of it changed."""
-    import shutil
-
     shutil.copytree(public, to)
     config = json.loads((to / file).read_text())
     (to / file).write_text(json.dumps(config | entries))
@@ -438,8 +438,6 @@ def test_models_that_do_not_fit(public: Path, records: Records, tmp_path: Path) 
     odd = edited(public, tmp_path / "odd", "scheduler/scheduler_config.json", prediction_type="flow")
     refused("predicts 'flow'", odd, records, RECIPE, out)
     silent = tmp_path / "silent"
-    import shutil
-
     shutil.copytree(public, silent, ignore=shutil.ignore_patterns("sources.*"))
     refused("does not say what its model has seen", silent, records, RECIPE, out)
     assert not out.exists()

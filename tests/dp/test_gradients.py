@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,15 +170,30 @@ def test_a_weight_used_behind_its_modules_back_is_found() -> None:
         gradients.verify(lambda: gradients(ids).flatten(1).square().sum(1))
 
 
-def test_records_that_mix_are_found() -> None:
-    class Centred(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) - super().forward(x).mean(0)
+class Mixed(nn.Module):
+    """A linear layer followed by something between the records."""
 
-    model = nn.Sequential(nn.Linear(3, 3), Centred(3, 3))
-    model[1].requires_grad_(False)
-    gradients = Gradients(model)
-    x = torch.randn(4, 3)
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda y: y - y.mean(0),
+        # Of equal records the others' parts cancel, and autograd's sum shows nothing.
+        lambda y: y + y.roll(1, 0) - y.roll(2, 0),
+    ],
+    ids=["centred", "cancelling"],
+)
+def test_records_that_mix_are_found(mix: Callable[[Tensor], Tensor]) -> None:
+    gradients = Gradients(Mixed(mix))
+    x = torch.ones(4, 3) + (torch.randn(4, 1) if mix(torch.ones(4)).sum() == 0 else 0)
     with pytest.raises(JobError, match="mixes records"):
         gradients.verify(lambda: gradients(x).square().sum(1))
 
