@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sfumato.dp.accountant import Event, spent
 from sfumato.dp.audit import FullBatchStep, Trial, audit_step
 from sfumato.dp.gradients import Gradients
-from sfumato.dp.one_run import OneRun, audit_run, denoising_losses, membership
+from sfumato.dp.one_run import OneRun, audit_run, membership
 from sfumato.dp.optimizer import PrivateOptimizer
 from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
@@ -310,26 +310,3 @@ def test_membership_refuses_what_shows_nothing() -> None:
         membership(lambda x: x, torch.zeros(99), torch.zeros(500))
     with pytest.raises(JobError, match="not finite"):
         membership(lambda x: x, torch.full((100,), torch.nan), torch.zeros(100))
-
-
-def test_denoising_losses_find_what_a_model_remembers() -> None:
-    source = torch.Generator().manual_seed(0)
-    pool = torch.randn(300, 2, 4, 4, generator=source)
-    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-    known = pool[:150]
-
-    def predict(noisy: Tensor, t: Tensor) -> Tensor:
-        # The posterior mean of a model that has learnt the first half by heart.
-        a = alphas[t[0]]
-        far = torch.cdist(noisy.flatten(1), a.sqrt() * known.flatten(1)).square() / (2 * (1 - a))
-        clean = (torch.softmax(-far, 1) @ known.flatten(1)).view_as(noisy)
-        return (noisy - a.sqrt() * clean) / (1 - a).sqrt()
-
-    found = membership(lambda x: denoising_losses(predict, x, alphas), known, pool[150:])
-    assert found.auc.value > 0.99
-    assert found.true_positives.value > 0.9
-    first, again = (denoising_losses(predict, known[:5], alphas) for _ in range(2))
-    assert first.shape == (5,)
-    assert torch.equal(first, again)
-    with pytest.raises(JobError, match="from 0 to 999"):
-        denoising_losses(predict, known, alphas, timesteps=[1000])

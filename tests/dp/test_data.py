@@ -153,7 +153,7 @@ def test_arrays(tmp_path: Path) -> None:
         (
             {"images": DIGITS, "labels": LABELS},
             (),
-            r"the labels are numbers; say what each class is called .--caption",
+            r"the labels are numbers; say what each class is called in a prompt .--caption",
         ),
         ({"images": DIGITS, "labels": LABELS}, NAMES[:2], "a label is 2, but there are 2 captions"),
         ({"images": DIGITS, "labels": LABELS - 1}, NAMES, "a label is 1, but there are 3 captions"),
@@ -178,7 +178,7 @@ def test_arrays_that_do_not_fit(
 def test_a_damaged_archive(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", images=DIGITS, labels=LABELS)
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(JobError, match="is not a readable .npz"):
+    with pytest.raises(JobError, match=r"is not a readable \.npz"):
         read_records(path, captions=NAMES)
 
 
@@ -189,7 +189,7 @@ def test_idx_files(tmp_path: Path) -> None:
     same(read_records(tmp_path, captions=NAMES))
     with pytest.raises(JobError, match="labels are numbers"):
         read_records(tmp_path)
-    with pytest.raises(JobError, match="no such idx file: .*t10k-labels"):
+    with pytest.raises(JobError, match=r"no such idx file: .*t10k-labels"):
         read_records(tmp_path, captions=NAMES, split="test")
     idx(tmp_path / "t10k-labels-idx1-ubyte", LABELS[:2])
     assert read_records(tmp_path, captions=NAMES, split="test").labels.tolist() == [2, 0]

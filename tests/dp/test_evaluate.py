@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sfumato.dp import evaluate
 from sfumato.dp.classifiers import CNN, WRN, make_classifier
-from sfumato.dp.evaluate import Recipe, copies, distance, judge_features, train_classifier, utility
+from sfumato.dp.evaluate import ClassifierRecipe, copies, distance, judge_features, train_classifier, utility
 from sfumato.errors import JobError
 from sfumato.zoo.train.data import read_idx
 
-STILL = Recipe(epochs=3, batch=16, shift=0.0, degrees=0.0)
+STILL = ClassifierRecipe(epochs=3, batch=16, shift=0.0, degrees=0.0)
 
 
 def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def test_validation_images_are_never_trained_on(monkeypatch: pytest.MonkeyPatch)
     trained: set[int] = set()
     judged: set[int] = set()
 
-    def moved(shown: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    def moved(shown: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
         trained.update((shown[:, 0, 0, 0] * 255).round().int().tolist())
         return shown
 
@@ -152,7 +152,7 @@ def test_utility_refuses_what_does_not_fit() -> None:
     with pytest.raises(JobError, match="at least one kind"):
         utility((images, labels), (images, labels), kinds=[])
     with pytest.raises(JobError, match="share of validation"):
-        Recipe(validation=1.0)
+        ClassifierRecipe(validation=1.0)
 
 
 def test_distances_order_and_the_floor() -> None:
@@ -214,5 +214,7 @@ def test_trained_on_real_digits(data_dir: Path) -> None:
         x, y = (torch.tensor(read_idx(file)[:2000]) for file in files)
         return x[:, None], y
 
-    found = utility(of("train"), of("t10k"), kinds=["mlp"], seeds=[0], recipe=Recipe(epochs=3, batch=64))
+    found = utility(
+        of("train"), of("t10k"), kinds=["mlp"], seeds=[0], recipe=ClassifierRecipe(epochs=3, batch=64)
+    )
     assert found[0].mean > 0.75

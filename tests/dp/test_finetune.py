@@ -412,7 +412,7 @@ def test_prompts_that_do_not_fit(
         ({"what": "everything"}, "what is trained is one of attention, lora, conditioning, all"),
         ({"first": 9}, "first=9 is outside the attention modules 1 to"),
         ({"what": "lora"}, "a rank of at least 1"),
-        ({"epsilon": 1e-6}, "noise"),
+        ({"epsilon": 101.0}, "epsilon is a number above 0 and at most 100"),
     ],
 )
 def test_settings_that_do_not_fit(

@@ -76,7 +76,7 @@ RULES = (
     Rule(("torch.export",), "only graph/capture.py captures", only=("graph/capture.py",)),
     Rule(
         ("diffusers", "transformers"),
-        "only diffusion/, inference/, dp/ and zoo/ know the model libraries, and the catalogue's recorder that runs models",
+        "only diffusion/, inference/, dp/ and zoo/ know the model libraries, and the catalogue's recorder of models",
         only=("diffusion/*", "inference/*", "dp/*", "zoo/*", "catalogue/record.py"),
     ),
     Rule(("typer", "rich", "click"), "only shell/ talks to a terminal", only=("shell/*",)),

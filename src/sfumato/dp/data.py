@@ -87,6 +87,8 @@ def read_records(
     if path.is_dir():
         return _folders(path, captions)
     if path.suffix == ".npz" and path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise JobError(f"{path} is not a readable .npz: no zip archive, or a damaged one")
         try:
             return _arrays(path, captions, split, unlabelled)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # damaged, or arrays of objects
@@ -244,4 +246,5 @@ def _labelled(path: Path, images: np.ndarray, labels: np.ndarray, captions: Sequ
         raise JobError(
             f"{path}: the labels are numbers; say what each class is called in a prompt (--caption, once per class)"
         )
-    return Records(torch.from_numpy(np.ascontiguousarray(images)), flat, tuple(captions))
+    # A copy: what an idx file's bytes were read into cannot be written to.
+    return Records(torch.from_numpy(np.array(images, order="C")), flat, tuple(captions))

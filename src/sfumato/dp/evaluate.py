@@ -30,7 +30,7 @@ __all__ = [
     "Copies",
     "Distance",
     "Labelled",
-    "Recipe",
+    "ClassifierRecipe",
     "TrainedClassifier",
     "Utility",
     "copies",
@@ -52,7 +52,7 @@ _MORE = {"mlp": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class ClassifierRecipe:
     """How a classifier is trained: AdamW, a warm-up and half a cosine, averaged weights, images that move.
 
     ``epochs`` are those of a CNN or a residual network; an MLP, whose epoch costs a sixth of a CNN's, has three times
@@ -109,7 +109,7 @@ def _checked(images: Tensor, labels: Tensor, least: int = 1) -> None:
         raise JobError(f"{len(images)} images are too few; give at least {least}")
 
 
-def moved(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def moved(images: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
     """Float images (N, C, H, W) each turned, shifted and perhaps mirrored at random, bilinear, black outside."""
     count, size = len(images), images.shape[-1]
     draw = torch.rand(4, count, generator=generator).to(images.device)
@@ -136,7 +136,7 @@ def train_classifier(
     labels: Tensor,
     *,
     seed: int,
-    recipe: Recipe | None = None,
+    recipe: ClassifierRecipe | None = None,
     classes: int | None = None,
     device: str = "cpu",
 ) -> TrainedClassifier:
@@ -148,7 +148,7 @@ def train_classifier(
     Raises:
         JobError: shapes, kind or numbers that do not fit.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or ClassifierRecipe()
     _checked(images, labels, least=20)
     classes = classes or int(labels.max()) + 1
     started, ticked = time.perf_counter(), time.process_time()
@@ -230,7 +230,7 @@ def utility(
     *,
     kinds: Sequence[str] = ("cnn", "mlp", "wrn-40-4"),
     seeds: Sequence[int] = (0, 1, 2),
-    recipe: Recipe | None = None,
+    recipe: ClassifierRecipe | None = None,
     classes: int | None = None,
     device: str = "cpu",
 ) -> list[Utility]:

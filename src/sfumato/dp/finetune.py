@@ -125,6 +125,7 @@ def finetune(
         parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
         noise_multiplier=event.noise_multiplier, steps=event.steps, stream=stream.child("noise"), device=device,
     )  # fmt: skip
+    trainer.verify()
     if state is not None:
         trainer.restore(state)
     # What a crash lost counts as run, for the rate's decay too.

@@ -30,6 +30,8 @@ _FIELD, _FILL = 64, 44
 #: A control grid of this many points a side bends a glyph.
 _BEND = 5
 _SIDE = 28
+#: TeX's symbols and brackets, which stand where other fonts have digits and letters.
+_SYMBOLS = ("cmsy10", "cmex10")
 _BOX = 20.0
 
 
@@ -131,7 +133,11 @@ def glyphs_of_fonts(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyp
         except (OSError, ValueError):
             continue
         prints = {ink.tobytes() for ink in inks if ink.any()}
-        if len(prints) < len(characters) - 2 or any(np.array_equal(ink, missing) for ink in inks):
+        if (
+            family in _SYMBOLS
+            or len(prints) < len(characters) - 2
+            or any(np.array_equal(ink, missing) for ink in inks)
+        ):
             continue
         group = families.setdefault(family, len(families))
         for label, ink in enumerate(inks):

@@ -9,7 +9,7 @@ Source: [OneRun]; [LiRA] for true positives at few false positives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +22,7 @@ from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
 from sfumato.quality import Interval
 
-__all__ = ["Membership", "OneRun", "audit_run", "denoising_losses", "membership"]
+__all__ = ["Membership", "OneRun", "audit_run", "membership"]
 
 Records = TypeVar("Records")
 
@@ -177,7 +177,7 @@ def membership(
 
     Args:
         loss_fn: losses (n,) of records; for a diffusion model an average over timesteps and draws, as
-            `denoising_losses` makes. The difference to the public start's loss is a sharper test, if that is known.
+            `attack.record_losses` makes. The difference to the public start's loss is a sharper test, if that is known.
         members: records of the training data.
         non_members: records of the same kind that were not in it, chosen by chance from one pool with the members; any
             other difference between the two sets would pass for membership.
@@ -207,44 +207,6 @@ def membership(
     exact = stats.binomtest(found, len(inside)).proportion_ci(0.95)
     rate = Interval(found / len(inside), float(exact.low), float(exact.high))
     return Membership(len(inside), len(outside), _auc(inside, outside), rate, epsilon, delta, confidence)
-
-
-def denoising_losses(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    latents: Tensor,
-    alphas_cumprod: Tensor,
-    *,
-    timesteps: Sequence[int] = (50, 150, 300, 500),
-    draws: int = 4,
-    seed: int = 0,
-) -> Tensor:
-    """Squared errors (N,) of the predicted noise, averaged over elements, ``timesteps`` and ``draws`` of noise.
-
-    All records get the same noise, so that its share of the loss does not blur their differences.
-
-    Args:
-        predict: noise that the model sees in noised latents (N, ...) at timesteps (N,).
-        latents: (N, ...), scaled as in training.
-        alphas_cumprod: (T,) of the scheduler.
-
-    Raises:
-        JobError: a timestep outside the schedule.
-    """
-    if not timesteps or draws < 1 or not all(0 <= t < len(alphas_cumprod) for t in timesteps):
-        raise JobError(
-            f"timesteps {list(timesteps)} with {draws} draws; give some from 0 to {len(alphas_cumprod) - 1}"
-        )
-    source = torch.Generator().manual_seed(seed)  # the attacker's own noise protects nothing
-    total = torch.zeros(len(latents), dtype=torch.float64)
-    with torch.no_grad():
-        for t in timesteps:
-            signal = float(alphas_cumprod[t])
-            for _ in range(draws):
-                noise = torch.randn((1, *latents.shape[1:]), generator=source).to(latents)
-                noisy = math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise
-                said = predict(noisy, torch.full((len(latents),), t, device=latents.device))
-                total += (said - noise).square().flatten(1).mean(1).double().cpu()
-    return total / (len(timesteps) * draws)
 
 
 def _auc(inside: Tensor, outside: Tensor) -> Interval:

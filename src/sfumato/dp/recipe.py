@@ -39,7 +39,7 @@ class Recipe:
     batch: int = 4096
     clip: float = 1.0
     normalise: bool = True
-    rate: float = 1e-3
+    rate: float = 3e-3
     decay: str = "cosine"
     draws: int = 4
     average: float = 0.95

@@ -53,7 +53,7 @@ class Setting:
     kernel_minutes: float = 5.0
     epochs: int = 4
     few_epochs: int = 10
-    precision: str = "float32"
+    precision: str = "bfloat16"
 
     @property
     def rows(self) -> Path:
@@ -91,7 +91,7 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     told("classifiers", 0, 1)
     kinds, seeds = (setting.kinds, setting.seeds) if row.main else (("cnn",), (0,))
     epochs = setting.epochs if row.main else setting.few_epochs
-    recipe = evaluate.Recipe(epochs=epochs, mirror=setting.subject.mirror)
+    recipe = evaluate.ClassifierRecipe(epochs=epochs, mirror=setting.subject.mirror)
     if row.captions:
         record["utility"] = [
             found.to_json()

@@ -110,6 +110,27 @@ class Trainer:
         self.step_number += 1
         self._update_average()
 
+    def verify(self) -> None:
+        """Hold the per-record gradients of this model to autograd's, on three records of noise.
+
+        Raises:
+            JobError: layers that mix records, or use parameters where no hook sees them.
+        """
+        private, labels = self.latents, self.labels
+        shape = (3, *private.mean.shape[1:])
+        noise = torch.randn(shape, generator=self.generator)
+        self.latents, self.labels = Latents(noise, torch.zeros(shape)), torch.zeros(3, dtype=torch.long)
+        state = self.generator.get_state()
+
+        def losses() -> Tensor:
+            self.generator.set_state(state)
+            return self.losses(torch.arange(3))
+
+        try:
+            self.gradients.verify(losses)
+        finally:
+            self.latents, self.labels = private, labels
+
     def losses(self, rows: Tensor) -> Tensor:
         """Mean squared error of each row's prediction, (len(rows) * draws,), draws of a record together."""
         draws, count = self.recipe.draws, len(rows)

@@ -105,7 +105,7 @@ def train(
     epochs: Annotated[float, typer.Option(help="Expected visits of each image.")] = 10.0,
     batch: Annotated[int, typer.Option(help="Expected images a step. [larger is better]")] = 4096,
     draws: Annotated[int, typer.Option(help="Timesteps per image, averaged before clipping.")] = 4,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     decay: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
     clip: Annotated[float, typer.Option(help="Bound on an image's gradient norm.")] = 1.0,
     normalise: Annotated[
@@ -251,7 +251,7 @@ def evaluate(
     real = read_records(test, captions=caption or made.captions, split="test")
     side, channels = int(made.images.shape[-1]), int(made.images.shape[1])
     tested = fit(real.images, channels, side)
-    recipe = measures.Recipe(epochs=epochs, mirror=mirror)
+    recipe = measures.ClassifierRecipe(epochs=epochs, mirror=mirror)
     found = measures.utility(
         (made.images, made.labels),
         (tested, real.labels),
