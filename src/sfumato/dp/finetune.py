@@ -13,8 +13,10 @@ nowhere printed, logged or kept.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from sfumato.zoo.train.loop import rank
 
 __all__ = ["MODEL", "Run", "finetune"]
 
-MODEL, LEDGER, KEY, STATE = "model", "ledger.json", "private.key", "checkpoint.pt"
+MODEL, LEDGER, KEY, STATE, LOCK = "model", "ledger.json", "private.key", "checkpoint.pt", "lock"
 Progress = Callable[[str, int, int], None]
 
 
@@ -97,46 +99,54 @@ def finetune(
     event = recipe.event(len(records))
     if not rank():
         out.mkdir(parents=True, exist_ok=True)
-    key = _key(out / KEY if register is None else register.with_suffix(".key"))
-    planned = Ledger(
-        epsilon=recipe.epsilon,
-        delta=recipe.delta,
-        event=event,
-        clip=recipe.clip,
-        records=len(records),
-        expected_batch=float(recipe.batch),
-        trained=choice.describe(),
-        public=sources.digests(),
-        private=commitment(prints, key),
-        recipe={**recipe.to_json(), **({"captions": list(records.captions)} if records.classes else {})},
-    )
-    ledger = _begun(planned, out / LEDGER, register, limit_epsilon)
-    event = ledger.event
+    with _alone(out):
+        key = _key(out / KEY if register is None else register.with_suffix(".key"))
+        planned = Ledger(
+            epsilon=recipe.epsilon,
+            delta=recipe.delta,
+            event=event,
+            clip=recipe.clip,
+            records=len(records),
+            expected_batch=float(recipe.batch),
+            trained=choice.describe(),
+            public=sources.digests(),
+            private=commitment(prints, key),
+            recipe={**recipe.to_json(), **({"captions": list(records.captions)} if records.classes else {})},
+        )
+        ledger = _begun(planned, out / LEDGER, register, limit_epsilon)
+        told("encode", 0, len(records))
+        latents = encode(parts, fit(records.images, parts.channels, parts.side))
+        stream = SecretStream()
+        trainer = Trainer(
+            parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
+            noise_multiplier=ledger.event.noise_multiplier, steps=ledger.event.steps, stream=stream.child("noise"),
+            device=device,
+        )  # fmt: skip
+        trainer.verify()
+        ledger = _train(trainer, ledger, stream.child("coins"), out, device, told)
+        if not rank():
+            _publish(parts, choice, sources, ledger, out / MODEL)
+    return Run(ledger, out / MODEL)
+
+
+def _train(
+    trainer: Trainer, ledger: Ledger, coins: SecretStream, out: Path, device: str, told: Progress
+) -> Ledger:
+    """All steps that the plan has left, from the last checkpoint on; the ledger at their end."""
     state = _checkpoint(out / STATE, ledger, device)
     if state is not None:
         # Its steps may have been written down as done just before a crash, or not yet.
         ledger = ledger.complete(int(state["done"]) - ledger.done)
-
-    told("encode", 0, len(records))
-    latents = encode(parts, fit(records.images, parts.channels, parts.side))
-    stream = SecretStream()
-    coins = stream.child("coins")
-    trainer = Trainer(
-        parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
-        noise_multiplier=event.noise_multiplier, steps=event.steps, stream=stream.child("noise"), device=device,
-    )  # fmt: skip
-    trainer.verify()
-    if state is not None:
         trainer.restore(state)
     # What a crash lost counts as run, for the rate's decay too.
     trainer.step_number = ledger.reserved
     while ledger.left:
-        block = min(recipe.interval, ledger.left)
+        block = min(trainer.recipe.interval, ledger.left)
         ledger = ledger.reserve(block)
         _keep(ledger, out / LEDGER)
         for _ in range(block):
-            trainer.step(poisson_batch(coins, len(records), event.sample_rate))
-            told("steps", trainer.step_number, event.steps)
+            trainer.step(poisson_batch(coins, ledger.records, ledger.event.sample_rate))
+            told("steps", trainer.step_number, ledger.event.steps)
         ledger = ledger.complete(block)
         if not rank():
             _save({**trainer.state(), "run": ledger.run, "done": ledger.done}, out / STATE)
@@ -144,9 +154,25 @@ def finetune(
     trainer.use_average()
     ledger = ledger if ledger.ended else ledger.finish()
     _keep(ledger, out / LEDGER)
-    if not rank():
-        _publish(parts, choice, sources, ledger, out / MODEL)
-    return Run(ledger, out / MODEL)
+    return ledger
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One run at a time in a folder: rank 0 holds its lock until it ends, however it ends.
+
+    Raises:
+        JobError: another process trains there.
+    """
+    if rank():
+        yield
+        return
+    with open(out / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise JobError(f"another process trains in {out}; wait for it, or name another folder") from None
+        yield
 
 
 def _check(parts: Parts, records: Records, out: Path) -> None:
