@@ -28,6 +28,7 @@ FOLDED = {
     "benchmarks/README.md": "project/benchmarks.md",
     "benchmarks/peers/README.md": "project/peers.md",
     "src/sfumato/zoo/embedded/README.md": "project/embedded-model.md",
+    "src/sfumato/zoo/glyphs/README.md": "project/glyphs-model.md",
     **{
         f"benchmarks/results/{path.name}": f"results/{path.name}"
         for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"))

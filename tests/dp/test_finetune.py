@@ -13,27 +13,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
-from safetensors.torch import load_file
 from torch import nn
 
 from sfumato.dp import finetune as module
 from sfumato.dp.data import Records
 from sfumato.dp.finetune import Run, finetune
-from sfumato.dp.ledger import Ledger, Register
+from sfumato.dp.ledger import Ledger
 from sfumato.dp.parts import load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.sources import read_sources
 from sfumato.dp.trainer import Trainer, poisson_batch
-from sfumato.errors import BudgetExceeded, JobError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CAPTIONS, images_of, records_of
+from tuning import CAPTIONS, RECIPE, STEPS, changed, images_of, records_of, refused, weights
 
 pytestmark = pytest.mark.usefixtures("remembered")
-
-RECIPE = Recipe(epsilon=8.0, delta=1e-3, epochs=3, batch=32, draws=2, interval=2, physical=32)
-STEPS = 6  # of 64 records
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +39,6 @@ def records() -> Records:
 @pytest.fixture(scope="module")
 def run(public: Path, records: Records, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finetune(public, records, RECIPE, tmp_path_factory.mktemp("run") / "out")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a pipeline folder, by part and name."""
-    return {
-        f"{file.parent.name}.{name}": value
-        for file in sorted(folder.glob("*/*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
-def changed(one: Path, other: Path) -> set[str]:
-    before, after = weights(one), weights(other)
-    assert before.keys() == after.keys()
-    return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
 def files_with(folder: Path, text: str) -> list[Path]:
@@ -168,32 +148,6 @@ def test_adapters_are_merged(public: Path, records: Records, tmp_path: Path) -> 
     assert not any(info.values()), info
 
 
-def test_adapters_go_on_after_a_crash(public: Path, records: Records, tmp_path: Path) -> None:
-    """Adapters begin at random numbers, which a second process must not draw anew."""
-    pytest.importorskip("peft", reason="no peft")
-    recipe = replace(RECIPE, what="lora", rank=2, interval=2)
-    with pytest.raises(Stopped):
-        finetune(public, records, recipe, tmp_path / "out", progress=stop_at(3))
-    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
-    held: list[list[torch.Tensor]] = []
-
-    def look(what: str, done: int, of: int) -> None:
-        if what == "steps" and not held:
-            held.append([])
-
-    original = Trainer.step
-
-    def first(self: Trainer, rows: torch.Tensor) -> None:
-        if not held:
-            held.append([p.detach().clone() for p in self.choice.parameters])
-        original(self, rows)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", first)
-        finetune(public, records, recipe, tmp_path / "out", progress=look)
-    assert all(torch.equal(a, b) for a, b in zip(held[0], saved["parameters"], strict=True))
-
-
 @pytest.mark.parametrize(
     ("change", "trained"),
     [
@@ -229,166 +183,6 @@ def test_narrow_arithmetic_and_no_budget(public: Path, records: Records, tmp_pat
     assert run.ledger.event.noise_multiplier == 0
     assert run.ledger.spent().epsilon == float("inf")
     assert changed(public, run.model)
-
-
-# ---- a killed run ------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(step: int) -> module.Progress:
-    def progress(what: str, done: int, of: int) -> None:
-        if what == "steps" and done == step:
-            raise Stopped
-
-    return progress
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every private step that really runs."""
-    ran: list[int] = []
-    original = Trainer.step
-
-    def counted(self: Trainer, rows: torch.Tensor) -> None:
-        ran.append(len(rows))
-        original(self, rows)
-
-    monkeypatch.setattr(Trainer, "step", counted)
-    return ran
-
-
-@pytest.mark.parametrize("at", [1, 2, 3, 6])
-def test_a_crash_costs_training_and_no_privacy(
-    public: Path, records: Records, tmp_path: Path, steps: list[int], at: int
-) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Stopped):
-        finetune(public, records, RECIPE, out, progress=stop_at(at))
-    ledger = Ledger.read(out / "ledger.json")
-    assert len(steps) == at <= ledger.reserved
-    assert ledger.reserved - ledger.done <= RECIPE.interval
-    assert not (out / "model").exists()
-    run = finetune(public, records, RECIPE, out)
-    assert run.ledger.reserved == STEPS
-    assert len(steps) <= STEPS
-    assert run.ledger.done >= STEPS - RECIPE.interval
-    assert run.ledger.run == ledger.run
-    assert run.ledger.event == ledger.event
-    assert run.ledger.spent().epsilon <= RECIPE.epsilon
-
-
-@pytest.mark.parametrize("where", ["_save", "_keep", "_publish"])
-def test_a_crash_while_writing(
-    public: Path, records: Records, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:  # fmt: skip
-    """Between a checkpoint and the ledger that says so, and everywhere else."""
-    out, original, calls = tmp_path / "out", getattr(module, where), iter(range(100))
-
-    def dies(*given: Any) -> None:
-        if next(calls) == (0 if where == "_publish" else 3):
-            raise Stopped
-        original(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, where, dies)
-        with pytest.raises(Stopped):
-            finetune(public, records, replace(RECIPE, interval=1), out)
-    ledger = Ledger.read(out / "ledger.json")
-    assert ledger.done <= len(steps) <= ledger.reserved
-    run = finetune(public, records, replace(RECIPE, interval=1), out)
-    assert run.ledger.reserved == STEPS
-    assert len(steps) <= STEPS
-    # A step whose checkpoint was written counts as done though the ledger did not say so yet.
-    assert run.ledger.done == (STEPS - 1 if where == "_save" else STEPS)
-
-
-def test_a_finished_run_costs_nothing_more(
-    public: Path, records: Records, steps: list[int], run: Run
-) -> None:
-    before = weights(run.model)
-    again = finetune(public, records, RECIPE, run.model.parent)
-    assert steps == []
-    assert again.ledger == run.ledger
-    after = weights(run.model)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def refused(sentence: str, *given: Any, **more: Any) -> None:
-    """`finetune` says so, in one line, and takes no step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", lambda *_: pytest.fail("a step ran"))
-        with pytest.raises(JobError, match=sentence) as raised:
-            finetune(*given, **more)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.fixture
-def broken(public: Path, records: Records, tmp_path: Path) -> Path:
-    """A run that died in its fourth step, with two steps in the checkpoint."""
-    with pytest.raises(Stopped):
-        finetune(public, records, RECIPE, tmp_path / "out", progress=stop_at(4))
-    return tmp_path / "out"
-
-
-def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path, tmp_path: Path) -> None:
-    held = (broken / "ledger.json").read_bytes()
-    refused("holds a run with another recipe;", public, records, replace(RECIPE, rate=2e-3), broken)
-    refused("another epsilon, recipe;", public, records, replace(RECIPE, epsilon=9.0), broken)
-    refused("another private images or key;", public, Records(images_of(64, 7), records.labels, CAPTIONS),
-            RECIPE, broken)  # fmt: skip
-    refused("another records, private images or key", public, records.first(40), RECIPE, broken)
-    other = public.parent / "declared"
-    if not other.exists():
-        shutil.copytree(public, other, ignore=shutil.ignore_patterns("sources.*"))
-    refused("another public start;", other, records, RECIPE, broken, declared=["photos"])
-    assert (broken / "ledger.json").read_bytes() == held
-    # But with less memory, since that changes nothing.
-    assert finetune(public, records, replace(RECIPE, physical=8), broken).ledger.reserved == STEPS
-
-
-def test_a_checkpoint_and_its_ledger_belong_together(public: Path, records: Records, broken: Path) -> None:
-    state, ledger = broken / "checkpoint.pt", broken / "ledger.json"
-    saved, told = state.read_bytes(), Ledger.read(ledger)
-
-    state.unlink()
-    refused("checkpoint.pt is missing", public, records, RECIPE, broken)
-    state.write_bytes(saved)
-
-    ledger.unlink()  # a fresh ledger would forget what the weights have cost
-    refused("of another run", public, records, RECIPE, broken)
-
-    replace(told, done=3).write(ledger)
-    refused("older than its ledger", public, records, RECIPE, broken)
-    replace(told, done=0, reserved=1).write(ledger)
-    refused("newer than its ledger", public, records, RECIPE, broken)
-
-    told.write(ledger)
-    assert finetune(public, records, RECIPE, broken).ledger.done == 4
-
-
-def test_an_ended_run_takes_no_step(public: Path, records: Records, broken: Path) -> None:
-    ledger = Ledger.read(broken / "ledger.json")
-    ledger.finish().write(broken / "ledger.json")
-    refused("this run ended at", public, records, RECIPE, broken)
-
-
-def test_a_register_adds_runs_up(public: Path, records: Records, tmp_path: Path, steps: list[int]) -> None:
-    register = tmp_path / "runs" / "register.jsonl"
-    recipe = replace(RECIPE, epochs=1)
-    finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
-    again = finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
-    ran = len(steps)
-    with pytest.raises(BudgetExceeded, match="all 2 on these records"):
-        finetune(public, records, recipe, tmp_path / "two", register=register, limit_epsilon=11.0)
-    assert len(steps) == ran == 2
-    assert not (tmp_path / "two" / "ledger.json").exists()
-    other = finetune(public, records, recipe, tmp_path / "two", register=register)
-    assert other.ledger.private == again.ledger.private
-    assert len(register.read_text().splitlines()) == 2
-    assert Register(register).charge(other.ledger).epsilon > recipe.epsilon
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

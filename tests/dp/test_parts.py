@@ -14,7 +14,7 @@ from sfumato.dp.parts import Latents, Parts, decode, encode, load_parts, target
 from sfumato.errors import JobError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CAPTIONS, images_of
+from tuning import CAPTIONS, images_of
 
 
 @pytest.fixture(scope="module")
