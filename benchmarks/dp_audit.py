@@ -77,9 +77,10 @@ def one_run(private: Records, epsilon: float, *, noise: float = 1.0) -> OneRun:
 
     def directions() -> Tensor:
         trainer.gradients.backward(trainer.losses(canaries))
-        flat = torch.cat([g.flatten(1) for _, _, g in trainer.gradients.records()], 1)
+        flat: Tensor = torch.cat([g.flatten(1) for _, _, g in trainer.gradients.records()], 1)
         trainer.gradients.clear()
-        return flat / (flat.norm(dim=1, keepdim=True) + trainer.optimizer.gamma)
+        clipped: Tensor = flat / (flat.norm(dim=1, keepdim=True) + trainer.optimizer.gamma)
+        return clipped
 
     return audit_run(
         step, directions, records=torch.arange(RECORDS), canaries=canaries, steps=event.steps,

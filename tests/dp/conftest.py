@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from sfumato.dp import accountant, recipe
-from sfumato.dp.accountant import Event, Spent
 from sfumato.dp.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tuning import images_of, save_public, save_unconditional
+from tuning import images_of, remembering, save_public, save_unconditional
 
 
 @pytest.fixture(scope="session")
 def remembered() -> Iterator[None]:
-    """Prices and noise found once for each plan: they are the same every time, and cost seconds."""
-    noise, price = cache(accountant.noise_multiplier), accountant.spent
-
-    @cache
-    def priced(events: tuple[Event, ...], delta: float) -> Spent:
-        return price(events, delta)
-
-    def spent(events: Iterable[Event], delta: float) -> Spent:
-        return priced(tuple(events), delta)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "noise_multiplier", noise)
-        patch.setattr(accountant, "spent", spent)
+    with remembering():
         yield
 
 

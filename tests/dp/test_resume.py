@@ -148,6 +148,14 @@ def test_an_ended_run_takes_no_step(public: Path, records: Records, broken: Path
 
 def test_a_register_adds_runs_up(public: Path, records: Records, tmp_path: Path, steps: list[int]) -> None:
     register = tmp_path / "runs" / "register.jsonl"
+    refused(
+        "needs the list of them; name a register",
+        public,
+        records,
+        RECIPE,
+        tmp_path / "one",
+        limit_epsilon=11.0,
+    )
     recipe = replace(RECIPE, epochs=1)
     finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
     again = finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import load_file
 
+from sfumato.dp import accountant, recipe
+from sfumato.dp.accountant import Event, Spent
 from sfumato.dp.data import Records
 from sfumato.dp.finetune import finetune
 from sfumato.dp.pretrain import WIDTH_TEXT, make_pipeline
@@ -108,6 +112,24 @@ def save_unconditional(folder: Path) -> None:
         DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False),
     ).save_pretrained(folder)
     say_seen(folder)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Prices and noise found once for each plan: they are the same every time, and cost seconds."""
+    noise, price = cache(accountant.noise_multiplier), accountant.spent
+
+    @cache
+    def priced(events: tuple[Event, ...], delta: float) -> Spent:
+        return price(events, delta)
+
+    def spent(events: Iterable[Event], delta: float) -> Spent:
+        return priced(tuple(events), delta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "noise_multiplier", noise)
+        patch.setattr(accountant, "spent", spent)
+        yield
 
 
 class Stopped(Exception):

@@ -89,6 +89,10 @@ def finetune(
     """
     told: Progress = progress or (lambda what, done, of: None)
     public = glyphs_path() if str(public) == GLYPHS else Path(public)
+    if limit_epsilon is not None and register is None:
+        raise JobError(
+            "a limit for all runs (--limit-epsilon) needs the list of them; name a register (--register)"
+        )
     parts = load_parts(public)
     _check(parts, records, out)
     prints = fingerprint(records.images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ class Trainer:
         Raises:
             JobError: layers that mix records, or use parameters where no hook sees them.
         """
-        private, labels = self.latents, self.labels
+        private, labels, recipe = self.latents, self.labels, self.recipe
+        # In full precision: the comparison is finer than bfloat16's rounding.
+        self.recipe = replace(recipe, precision="float32")
         shape = (3, *private.mean.shape[1:])
         noise = torch.randn(shape, generator=self.generator)
         self.latents, self.labels = Latents(noise, torch.zeros(shape)), torch.zeros(3, dtype=torch.long)
@@ -129,7 +132,7 @@ class Trainer:
         try:
             self.gradients.verify(losses)
         finally:
-            self.latents, self.labels = private, labels
+            self.latents, self.labels, self.recipe = private, labels, recipe
 
     def losses(self, rows: Tensor) -> Tensor:
         """Mean squared error of each row's prediction, (len(rows) * draws,), draws of a record together."""
