@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import (
+    BudgetExceeded,
     CaptureError,
     InsecureError,
     JobError,
@@ -49,6 +50,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "BudgetExceeded",
     "CaptureError",
     "CostReport",
     "Deployment",

@@ -35,12 +35,15 @@ Unconditional = Annotated[bool, typer.Option("--unconditional", help="Leave all 
 
 
 def needs_dp(command: Callable[P, None]) -> Callable[P, None]:
-    """A missing package of the extra becomes one sentence."""
+    """A missing package of the extra becomes one sentence; models load without the libraries' bars."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from sfumato.diffusion.loading import without_bars
+
         try:
-            command(*args, **kwargs)
+            with without_bars():
+                command(*args, **kwargs)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in ("opacus", "dp_accounting", "scipy", "peft"):
                 raise JobError(f"{error.name} is not installed; pip install 'sfumato[dp]'") from None
@@ -199,10 +202,10 @@ def sample(
 
     ledger = Ledger.read(model / "ledger.json") if (model / "ledger.json").is_file() else None
     captions = tuple(prompt or ()) or (("",) if ledger is None else ledger.captions)
-    parts = load_parts(model)
-    labels = torch.arange(images) % len(captions)
     if out.suffix != ".npz":
         raise JobError(f"--out is {out}; name an .npz file")
+    parts = load_parts(model)
+    labels = torch.arange(images) % len(captions)
     out.parent.mkdir(parents=True, exist_ok=True)
     with bars(Console()) as progress:
         made = draw(

@@ -73,7 +73,7 @@ def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None 
             ]  # fmt: skip
     if subject == "mnist":
         heads = ("printed by papers, MNIST", "ε = 1, %", "ε = 10, %")
-        lines += ["## Printed", "", *markdown_table(heads, PUBLISHED), "",
+        lines += ["## Printed", "", markdown_table(heads, PUBLISHED), "",
                   _COSTS, ""]  # fmt: skip
     if audit:
         lines += ["## Audit", "", *(f"- **{name}**: {text}" for name, text in audit.items()), ""]
@@ -128,7 +128,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 _number(row.get("cpu_s_training"), ",.0f"),
             )
         )
-    return [*markdown_table(tuple(heads), cells), ""]
+    return [markdown_table(tuple(heads), cells), ""]
 
 
 def _accuracy(found: Mapping[str, Any] | None) -> str:
