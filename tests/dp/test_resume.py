@@ -107,14 +107,16 @@ def broken(public: Path, records: Records, tmp_path: Path) -> Path:
 def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path, tmp_path: Path) -> None:
     held = (broken / "ledger.json").read_bytes()
     refused("holds a run with another recipe;", public, records, replace(RECIPE, rate=2e-3), broken)
-    refused("another epsilon, recipe;", public, records, replace(RECIPE, epsilon=9.0), broken)
     refused("another private images or key;", public, Records(images_of(64, 7), records.labels, CAPTIONS),
             RECIPE, broken)  # fmt: skip
-    refused("another records, private images or key", public, records.first(40), RECIPE, broken)
-    other = public.parent / "declared"
-    if not other.exists():
-        shutil.copytree(public, other, ignore=shutil.ignore_patterns("sources.*"))
-    refused("another public start;", other, records, RECIPE, broken, declared=["photos"])
+    other = replace(RECIPE, epsilon=float("inf"))
+    refused(
+        "another epsilon, records, private images or key, recipe;", public, records.first(40), other, broken
+    )
+    declared = public.parent / "declared"
+    if not declared.exists():
+        shutil.copytree(public, declared, ignore=shutil.ignore_patterns("sources.*"))
+    refused("another public start;", declared, records, RECIPE, broken, declared=["photos"])
     assert (broken / "ledger.json").read_bytes() == held
     # But with less memory, since that changes nothing.
     assert finetune(public, records, replace(RECIPE, physical=8), broken).ledger.reserved == STEPS
@@ -212,6 +214,7 @@ def started(public: Path, out: Path, settings: dict[str, Any], **environment: st
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_at_any_moment(public: Path, tmp_path: Path) -> None:
     out, planned, ran = tmp_path / "out", 12, 0
     settings = {"epochs": 6, "interval": 3}
@@ -240,6 +243,7 @@ def test_killed_at_any_moment(public: Path, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_train_one_model(public: Path, tmp_path: Path) -> None:
     """Adapters, which begin at random: each process by itself would begin elsewhere."""
     pytest.importorskip("peft", reason="no peft")

@@ -322,10 +322,3 @@ def _publish(parts: Parts, choice: Choice, sources: Sources, ledger: Ledger, fol
     note = f"epsilon {ledger.epsilon:g}, delta {ledger.delta:g}: see ledger.json"
     Sources((*sources.seen, Seen.declared(f"private images of run {ledger.run}", note))).write(folder)
     ledger.write(folder / LEDGER)
-
-
-def strip_records(ledger: Ledger) -> Ledger:
-    """The ledger with N rounded down to two digits, for those to whom even the number of records is private."""
-    digits = max(0, len(str(ledger.records)) - 2)
-    rounded = max(1, ledger.records // 10**digits * 10**digits)
-    return replace(ledger, records=rounded, expected_batch=ledger.event.sample_rate * rounded)
