@@ -69,7 +69,7 @@ class Ledger:
         epsilon, delta: the budget; ε may be infinite (no privacy).
         event: the whole plan: sample rate, noise multiplier, steps.
         clip: bound C on a record's gradient norm; ε does not depend on it.
-        records: N. Private and *not* covered by ε: strip or round it where that matters.
+        records: N. Private and *not* covered by ε: round it where that matters.
         expected_batch: q N, the constant divisor of the noisy sum.
         trained: what is trained, in words ("attention modules from 2, prompt embedder").
         public: the public start's sources by name, each with its digest (`sources.Sources.digests`).
