@@ -143,6 +143,7 @@ class FullBatchStep:
         clip: clip norm C.
         draws: rows of one record (noise multiplicity).
         physical: records in a physical batch.
+        normalise: records brought to the clip norm and the step in its units, as `finetune` does by default.
         stream: source of coins and noise; None draws a fresh key.
     """
 
@@ -157,9 +158,11 @@ class FullBatchStep:
         clip: float = 1.0,
         draws: int = 2,
         physical: int = 2,
+        normalise: bool = True,
         stream: SecretStream | None = None,
     ) -> None:
         self.noise_multiplier, self.clip, self.draws, self.physical = noise_multiplier, clip, draws, physical
+        self.normalise = normalise
         self.stream = SecretStream() if stream is None else stream
         self.coins = self.stream.child("coins")
         source = torch.Generator().manual_seed(0)  # of public things only: weights and records
@@ -188,6 +191,7 @@ class FullBatchStep:
             clip=self.clip,
             expected_batch=self.others,
             stream=self.stream.child("noise"),
+            normalise=self.normalise,
         )
 
     def update(self, batch: Tensor) -> None:
@@ -210,7 +214,7 @@ class FullBatchStep:
             for now, before, along in zip(self.block.parameters(), self.start, self.direction, strict=True):
                 moved += ((before - now).double() * along).sum()
                 now.copy_(before)
-        return float(moved) * self.others / self.clip
+        return float(moved) * self.others / (1.0 if self.private.normalise else self.clip)
 
     def _direction(self) -> list[Tensor]:
         """The canary's gradient, scaled to length 1, by plain autograd: the audit must not trust what it audits."""

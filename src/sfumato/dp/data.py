@@ -59,13 +59,38 @@ class Records:
         """The first ``count`` records."""
         return Records(self.images[:count], self.labels[:count], self.captions, self.classes)
 
+    def sampled(self, count: int, seed: int = 0) -> Records:
+        """At most ``count`` records, chosen at random: files are often sorted by class."""
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return Records(self.images[rows], self.labels[rows], self.captions, self.classes)
+
+    def aligned(self, captions: Sequence[str]) -> Records:
+        """The same records with labels that index ``captions``: classes are matched by what they are called.
+
+        Raises:
+            JobError: a class that is not among them.
+        """
+        numbers = {text: k for k, text in enumerate(captions)}
+        strange = [text for text in self.captions if text not in numbers]
+        if strange:
+            raise JobError(
+                f"there is no class {strange[0]!r} among {', '.join(map(repr, captions))}; name both sets alike"
+            )
+        labels = torch.tensor([numbers[text] for text in self.captions])[self.labels]
+        return Records(self.images, labels, tuple(captions), self.classes)
+
     def without_captions(self) -> Records:
         """The same images for unconditional training: every caption empty."""
         return Records(self.images, torch.zeros_like(self.labels), ("",))
 
 
 def read_records(
-    path: Path, *, captions: Sequence[str] = (), split: str = "train", unlabelled: str | None = None
+    path: Path,
+    *,
+    captions: Sequence[str] = (),
+    numbered: Sequence[str] = (),
+    split: str = "train",
+    unlabelled: str | None = None,
 ) -> Records:
     """Images and captions at ``path``.
 
@@ -73,6 +98,7 @@ def read_records(
         path: of one of the four forms above.
         captions: one per class, in the order of the labels (of the folder names, sorted). May be left out where the
             files have texts of their own, or class folders, whose names are then the captions.
+        numbered: captions of labels that are mere numbers, where ``captions`` is left out.
         split: ``"train"`` or ``"test"``: which arrays of an ``.npz``, which of a folder's idx files.
         unlabelled: caption of an ``.npz`` of images without labels; None refuses one.
 
@@ -83,14 +109,14 @@ def read_records(
     if path.is_dir() and (path / "metadata.jsonl").is_file():
         return _captioned(path)
     if path.is_dir() and list(path.glob("*ubyte*")):
-        return _idx(path, captions, split)
+        return _idx(path, captions or numbered, split)
     if path.is_dir():
         return _folders(path, captions)
     if path.suffix == ".npz" and path.is_file():
         if not zipfile.is_zipfile(path):
             raise JobError(f"{path} is not a readable .npz: no zip archive, or a damaged one")
         try:
-            return _arrays(path, captions, split, unlabelled)
+            return _arrays(path, captions, numbered, split, unlabelled)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # damaged, or arrays of objects
             raise JobError(f"{path} is not a readable .npz: {error}") from None
     raise JobError(
@@ -122,25 +148,28 @@ def fit(images: Tensor, channels: int, side: int) -> Tensor:
     return torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
 
 
-def _opened(path: Path, mode: str | None = None) -> np.ndarray:
+def _opened(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.mode[0] in "IF":
                 raise JobError(f"{path} has more than 8 bits a channel; convert all images to 8 bits")
-            chosen = mode or ("L" if picture.mode in {"L", "1"} else "RGB")
-            array = np.asarray(picture.convert(chosen))
+            array = np.asarray(picture.convert("L" if picture.mode in {"L", "1"} else "RGB"))
     except (OSError, UnidentifiedImageError):
         raise JobError(f"{path} is not a readable image; remove or replace it") from None
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _stacked(paths: Sequence[Path]) -> Tensor:
-    """All pictures as one tensor, in the mode and size of the first."""
+    """All pictures as one tensor. They must be alike in size, and all grey or all colour: if one image decided what
+    becomes of the others, a set without it would differ in every record."""
     first = _opened(paths[0])
-    mode = "L" if first.shape[0] == 1 else "RGB"
     images = np.empty((len(paths), *first.shape), np.uint8)
     for number, path in enumerate(paths):
-        array = _opened(path, mode)
+        array = _opened(path)
+        if len(array) != len(first):
+            raise JobError(
+                f"{path} is {'grey' if len(array) == 1 else 'colour'} and {paths[0].name} is not; make all alike"
+            )
         if array.shape != first.shape:
             raise JobError(
                 f"{path} is {array.shape[2]}x{array.shape[1]} pixels and {paths[0].name} is "
@@ -211,7 +240,9 @@ def _idx(path: Path, captions: Sequence[str], split: str) -> Records:
     return _labelled(path, images[:, None], labels, captions)
 
 
-def _arrays(path: Path, captions: Sequence[str], split: str, unlabelled: str | None) -> Records:
+def _arrays(
+    path: Path, captions: Sequence[str], numbered: Sequence[str], split: str, unlabelled: str | None
+) -> Records:
     with np.load(path, allow_pickle=False) as arrays:
         names = next((n for n in ((f"{split}_images", f"{split}_labels"), ("images", "labels"), ("x", "y"))
                       if n[0] in arrays), None)  # fmt: skip
@@ -228,17 +259,21 @@ def _arrays(path: Path, captions: Sequence[str], split: str, unlabelled: str | N
             raise JobError(
                 f"{path}: {names[0]} has no labels; add an array {names[1]!r}, one number per image"
             )
+        named = bool(captions)
         if not captions and "captions" in arrays:
             captions = [str(text) for text in arrays["captions"]]
+        captions = captions or numbered
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise JobError(
             f"{path}: images are bytes (N, H, W) or (N, H, W, C), not {images.dtype} {images.shape}"
         )
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    return _labelled(path, images, labels, captions)
+    return _labelled(path, images, labels, captions, named)
 
 
-def _labelled(path: Path, images: np.ndarray, labels: np.ndarray, captions: Sequence[str]) -> Records:
+def _labelled(
+    path: Path, images: np.ndarray, labels: np.ndarray, captions: Sequence[str], named: bool = True
+) -> Records:
     if labels.dtype.kind not in "iu":
         raise JobError(f"{path}: labels are whole numbers, not {labels.dtype}; number the classes from 0")
     flat = torch.from_numpy(labels.astype(np.int64).reshape(-1))
@@ -247,4 +282,4 @@ def _labelled(path: Path, images: np.ndarray, labels: np.ndarray, captions: Sequ
             f"{path}: the labels are numbers; say what each class is called in a prompt (--caption, once per class)"
         )
     # A copy: what an idx file's bytes were read into cannot be written to.
-    return Records(torch.from_numpy(np.array(images, order="C")), flat, tuple(captions))
+    return Records(torch.from_numpy(np.array(images, order="C")), flat, tuple(captions), named)

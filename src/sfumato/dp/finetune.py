@@ -27,7 +27,7 @@ from torch import distributed
 from sfumato.dp.data import Records, fit
 from sfumato.dp.gradients import validate
 from sfumato.dp.ledger import Ledger, Register
-from sfumato.dp.parts import PREDICTIONS, Parts, encode, load_parts
+from sfumato.dp.parts import PREDICTIONS, Parts, encode, folder_of, load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.sources import (
@@ -42,7 +42,6 @@ from sfumato.dp.sources import (
 from sfumato.dp.trainable import Choice, choose, merge
 from sfumato.dp.trainer import Trainer, poisson_batch
 from sfumato.errors import JobError
-from sfumato.zoo import GLYPHS, glyphs_path
 from sfumato.zoo.train.build import save_pipeline
 from sfumato.zoo.train.loop import rank
 
@@ -88,13 +87,18 @@ def finetune(
         BudgetExceeded: the budget, or the limit of all runs, would be passed.
     """
     told: Progress = progress or (lambda what, done, of: None)
-    public = glyphs_path() if str(public) == GLYPHS else Path(public)
+    public = folder_of(public)
     if limit_epsilon is not None and register is None:
         raise JobError(
             "a limit for all runs (--limit-epsilon) needs the list of them; name a register (--register)"
         )
     parts = load_parts(public)
-    _check(parts, records, out)
+    _check(parts, records, recipe, out)
+    if (public / LEDGER).is_file():
+        raise JobError(
+            f"{public} was itself fine-tuned on private images, whose cost would have to be added to this run's; start "
+            "from the public model that it started from"
+        )
     prints = fingerprint(records.images)
     sources = read_sources(public, declared)
     refuse_overlap(sources, prints)
@@ -117,35 +121,48 @@ def finetune(
             private=commitment(prints, key),
             recipe={**recipe.to_json(), **({"captions": list(records.captions)} if records.classes else {})},
         )
-        ledger = _begun(planned, out / LEDGER, register, limit_epsilon)
+        held = _resumed(planned, out / LEDGER)
+        held.verify()
+        state = _checkpoint(out / STATE, held, device)
         told("encode", 0, len(records))
         latents = encode(parts, fit(records.images, parts.channels, parts.side))
         stream = SecretStream()
         trainer = Trainer(
             parts, choice, latents, records.labels, parts.ids([*records.captions, ""]), recipe,
-            noise_multiplier=ledger.event.noise_multiplier, steps=ledger.event.steps, stream=stream.child("noise"),
-            device=device,
+            noise_multiplier=held.event.noise_multiplier, steps=held.event.steps, stream=stream, device=device,
         )  # fmt: skip
         trainer.verify()
-        ledger = _train(trainer, ledger, stream.child("coins"), out, device, told)
+        # Nothing is charged before all that can be refused has been.
+        ledger = _begun(held, out / LEDGER, register, limit_epsilon)
+        ledger = _train(trainer, ledger, state, stream.child("coins"), out, told)
+        if not ledger.done:
+            raise JobError(
+                f"every step of the run in {out} was lost before a checkpoint, and its budget is spent; start a new run"
+            )
         if not rank():
             _publish(parts, choice, sources, ledger, out / MODEL)
     return Run(ledger, out / MODEL)
 
 
 def _train(
-    trainer: Trainer, ledger: Ledger, coins: SecretStream, out: Path, device: str, told: Progress
+    trainer: Trainer,
+    ledger: Ledger,
+    state: dict[str, Any] | None,
+    coins: SecretStream,
+    out: Path,
+    told: Progress,
 ) -> Ledger:
-    """All steps that the plan has left, from the last checkpoint on; the ledger at their end."""
-    state = _checkpoint(out / STATE, ledger, device)
+    """All steps that the plan has left, from the checkpoint ``state`` on; the ledger at their end."""
     if state is not None:
         # Its steps may have been written down as done just before a crash, or not yet.
         ledger = ledger.complete(int(state["done"]) - ledger.done)
         trainer.restore(state)
     # What a crash lost counts as run, for the rate's decay too.
     trainer.step_number = ledger.reserved
+    # A short run has checkpoints too.
+    interval = min(trainer.recipe.interval, -(-ledger.event.steps // 4))
     while ledger.left:
-        block = min(trainer.recipe.interval, ledger.left)
+        block = min(interval, ledger.left)
         ledger = ledger.reserve(block)
         _keep(ledger, out / LEDGER)
         for _ in range(block):
@@ -179,13 +196,18 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _check(parts: Parts, records: Records, out: Path) -> None:
+def _check(parts: Parts, records: Records, recipe: Recipe, out: Path) -> None:
+    if recipe.delta >= 1 / len(records):
+        raise JobError(
+            f"delta is {recipe.delta:g}, which is not below 1 / {len(records)} records; a guarantee that may fail for "
+            "one image means nothing (take, say, a tenth of that)"
+        )
     if parts.tokenizer is None and len(records.captions) > 1:
         raise JobError(
             "this pipeline takes no prompts, but the images have captions; name a text-to-image pipeline, or train "
             "without captions (--unconditional)"
         )
-    if parts.tokenizer is not None and records.captions != ("",):
+    if parts.tokenizer is not None and records.classes and records.captions != ("",):
         ids = parts.ids(records.captions)
         assert ids is not None
         if len(ids.unique(dim=0)) < len(records.captions):
@@ -216,18 +238,16 @@ def _key(path: Path) -> bytes:
     return private_key(path)
 
 
-def _begun(planned: Ledger, path: Path, register: Path | None, limit: float | None) -> Ledger:
-    """The ledger that this run goes by, on the disk and the same for every process, charged to the register."""
+def _begun(held: Ledger, path: Path, register: Path | None, limit: float | None) -> Ledger:
+    """The ledger that this run goes by, charged to the register, on the disk, and the same for every process."""
     if rank():
         _wait()
         return Ledger.read(path)
-    ledger = _resumed(planned, path)
-    ledger.verify()
     if register is not None:
-        Register(register).charge(ledger, limit)
-    ledger.write(path)
+        Register(register).charge(held, limit)
+    held.write(path)
     _wait()
-    return ledger
+    return held
 
 
 def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | None:

@@ -48,7 +48,8 @@ _SOFTWARE = ("sfumato", "torch", "opacus", "dp-accounting", "diffusers")
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The day alone: how long the steps took follows the sizes of their batches."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def _versions() -> dict[str, str]:
@@ -78,7 +79,7 @@ class Ledger:
         run: this run's random name; a resumed run keeps it.
         reserved: steps that count as spent. ``done``: those of them whose result is in a checkpoint.
         not_covered: what ε does not speak about, one sentence each.
-        versions, started, ended: software, and UTC dates in ISO 8601; ``ended`` is None while the run lasts.
+        versions, started, ended: software, and UTC days in ISO 8601; ``ended`` is None while the run lasts.
 
     Raises:
         JobError: entries that cannot be.
@@ -249,6 +250,10 @@ def compose(ledgers: Iterable[Ledger]) -> Spent:
 class Register:
     """A data holder's own list of the runs on its data: one JSON line for each, kept beside the data and not published.
 
+    All runs of a register add up, whether they read exactly the same images or not: sets that overlap are the rule (one
+    image more, a part left out), and what a list of fingerprints would tell apart, a resized copy would hide. One
+    register for each population that shares no image with another.
+
     A run is charged in full when it starts, so what it holds is never below what was spent.
     """
 
@@ -256,8 +261,8 @@ class Register:
         self.path = path
 
     def charge(self, ledger: Ledger, limit_epsilon: float | None = None) -> Spent:
-        """Enter a run, and ε of all runs on the same records with it, at the ledger's δ. A resumed run is entered
-        already and costs nothing more.
+        """Enter a run, and ε of all runs entered with it, at the ledger's δ. A resumed run is entered already and costs
+        nothing more.
 
         Args:
             ledger: of the run that is about to start or resume.
@@ -276,13 +281,13 @@ class Register:
                 raise JobError(
                     f"run {ledger.run} is in the register {self.path} with another plan; start a new run"
                 )
-            same = [e for e in entries if e["private"] == ledger.private and e["run"] != ledger.run]
-            events = [Event(e["sample_rate"], e["noise_multiplier"], e["steps"]) for e in same]
+            earlier = [e for e in entries if e["run"] != ledger.run]
+            events = [Event(e["sample_rate"], e["noise_multiplier"], e["steps"]) for e in earlier]
             spent = _priced([*events, ledger.event], ledger.delta)
             if limit_epsilon is not None and spent.epsilon > limit_epsilon:
                 raise BudgetExceeded(
-                    f"with this run all {len(same) + 1} on these records would cost epsilon {spent.epsilon:.4f}, more "
-                    f"than the limit of {limit_epsilon:g}; take fewer steps or more noise"
+                    f"with this run all {len(earlier) + 1} of this register would cost epsilon {spent.epsilon:.4f}, "
+                    f"more than the limit of {limit_epsilon:g}; take fewer steps or more noise"
                 )
             if known is None:
                 file.write(json.dumps(entry) + "\n")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
+from sfumato.zoo import GLYPHS, glyphs_path
 
 __all__ = ["Denoiser", "Latents", "Parts", "encode", "load_parts", "target"]
 
@@ -83,15 +85,20 @@ class Parts:
         return Denoiser(self.unet, self.text_encoder)
 
 
+def folder_of(named: Path) -> Path:
+    """The folder of a pipeline; ``glyphs`` is the public start that comes with sfumato."""
+    return glyphs_path() if str(named) == GLYPHS else Path(named)
+
+
 def load_parts(folder: Path) -> Parts:
-    """Of a saved pipeline.
+    """Of a saved pipeline, or of ``glyphs``.
 
     Raises:
         JobError: no such folder, or a pipeline of a kind that is not fine-tuned here.
     """
     from diffusers import DiffusionPipeline
 
-    folder = Path(folder)
+    folder = folder_of(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         raise JobError(
@@ -124,10 +131,10 @@ class Latents:
     mean: Tensor
     std: Tensor
 
-    def sample(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, rows: Tensor, stream: SecretStream) -> Tensor:
         """A fresh sample of each row's posterior (papers/dp-latent-diffusion 1.2)."""
         mean = self.mean[rows]
-        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+        return mean + self.std[rows] * stream.normal(mean.shape, 1.0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ in it.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,6 +287,11 @@ def pretrain_folder(public: Public, out: Path, minutes: float) -> None:
     first, second, sources = public.mixtures()
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
+    if (work / "sources.json").is_file() and Sources.read(work).digests() != sources.digests():
+        raise JobError(
+            f"{work} holds networks that were trained on other images; remove it, or name a new --out"
+        )
+    sources.write(work)
     vae = train_autoencoder(first, work / "autoencoder.ckpt", minutes / 2, channels=public.channels)
     captions = tuple(dict.fromkeys([*second.captions, *public.words]))
     torch.manual_seed(0)
@@ -293,6 +299,7 @@ def pretrain_folder(public: Public, out: Path, minutes: float) -> None:
     train_denoiser(pipeline, second, work / "denoiser.ckpt", minutes / 2)
     save_pipeline(pipeline, out)
     sources.write(out)
+    shutil.rmtree(work)
 
 
 def _drawings(path: Path) -> tuple[Glyphs, Tensor]:

@@ -82,6 +82,11 @@ class SecretStream:
         heads = words < np.uint64(threshold) if threshold < 1 << 64 else np.ones(count, np.bool_)
         return torch.from_numpy(heads)
 
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Independent numbers in [0, 1), multiples of 2⁻²⁴, float32 of the given shape."""
+        words = self._words(math.prod(shape)) >> np.uint64(40)
+        return torch.from_numpy(words.astype(np.float32) * np.float32(2.0**-24)).reshape(tuple(shape))
+
     def normal(self, shape: Sequence[int], std: float, device: str | torch.device = "cpu") -> Tensor:
         """Independent Gaussians of mean 0 and standard deviation ``std``, float32 of the given shape.
 

@@ -22,10 +22,12 @@ from sfumato.dp.data import Records, fit
 from sfumato.dp.finetune import finetune
 from sfumato.dp.kernel import train_kernel
 from sfumato.dp.ledger import Ledger
-from sfumato.dp.parts import decode, encode, load_parts
+from sfumato.dp.parts import decode, encode, folder_of, load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.rows import Row
+from sfumato.dp.sources import read_sources
 from sfumato.dp.subjects import Subject
+from sfumato.errors import JobError
 
 __all__ = ["Setting", "finished_rows", "run_row"]
 
@@ -74,17 +76,20 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     told: Progress = progress or (lambda what, done, of: None)
     path = setting.rows / f"{row.name}.json"
     if path.is_file():
-        return json.loads(path.read_text("utf-8"))
+        held = json.loads(path.read_text("utf-8"))
+        wanted = _settings(row, setting)
+        if differs := [name for name, value in wanted.items() if held.get(name, value) != value]:
+            raise JobError(
+                f"{path} was measured with another {', '.join(differs)}; remove it, or name another folder (--out)"
+            )
+        return held
     setting.rows.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
     private, test = setting.subject.private(setting.data), setting.subject.test(setting.data)
     made, record = _images(row, setting, private, told)
     drawn = time.process_time()
-    record |= {
-        "row": row.name, "title": row.title, "kind": row.kind, "main": row.main, "guidance": row.guidance,
-        "captions": row.captions, "steps_of_sampling": setting.steps,
-    }  # fmt: skip
-    record["changes"] = dict(row.changes)
+    record |= {"row": row.name, "title": row.title, "main": row.main, "changes": dict(row.changes)}
+    record |= _settings(row, setting)
     side = test.images.shape[-1]
     images = cropped(made.images, side)
     sample.grid(_by_class(images, made.labels, len(made.captions)), 20, 2).save(path.with_suffix(".png"))
@@ -124,6 +129,23 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     return record
 
 
+def _settings(row: Row, setting: Setting) -> dict[str, Any]:
+    """What a row's numbers depend on beside the data and its recipe."""
+    found: dict[str, Any] = {"kind": row.kind, "captions": row.captions}
+    if row.kind in ("tuned", "public"):
+        found |= {
+            "guidance": row.guidance,
+            "steps_of_sampling": setting.steps,
+            "precision": setting.precision,
+        }
+        found["public"] = read_sources(folder_of(setting.public)).digests()
+    if row.kind != "real":
+        found["images"] = setting.images if row.main else setting.few
+    if row.main and row.captions:
+        found["classifiers"] = list(setting.kinds)
+    return found
+
+
 def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tuple[Records, dict[str, Any]]:
     """The row's images, uniform over the classes, and what making them cost."""
     count = setting.images if row.main else setting.few
@@ -147,7 +169,7 @@ def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tup
     if row.kind == "tuned":
         assert row.recipe is not None
         records = private if row.captions else private.without_captions()
-        run = finetune(setting.public, records, row.recipe, setting.rows / f"{row.name}.run", progress=told)
+        run = finetune(setting.public, records, row.recipe, setting.rows / f"{row.run}.run", progress=told)
         folder = run.model
         record |= _account(run.ledger)
     record["cpu_s_training"] = time.process_time() - began

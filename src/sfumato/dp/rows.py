@@ -18,7 +18,7 @@ __all__ = ["Row", "chosen_rows", "rows_of"]
 class Row:
     """One way to images: ``kind`` "tuned" (by ``recipe``), "public" (no private image), "kernel" (the baseline), "real"
     (the private images themselves). ``main``: evaluated with all classifiers and seeds; ``guidance`` at sampling;
-    ``captions`` False trains and samples without."""
+    ``captions`` False trains and samples without; ``of``: draws from another row's weights."""
 
     name: str
     title: str
@@ -28,6 +28,12 @@ class Row:
     guidance: float = 1.0
     captions: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
+    of: str = ""
+
+    @property
+    def run(self) -> str:
+        """The training whose weights are drawn from: the row's own, or that of the row ``of``."""
+        return self.of or self.name
 
     @property
     def epsilon(self) -> float | None:
@@ -83,6 +89,11 @@ def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
                     changes=change,
                 )
             )
+    for epsilon in (10.0, 1.0):
+        other = 1.0 if guidance != 1.0 else 1.5
+        name = f"eps{epsilon:g}"
+        title = f"DP fine-tuned, ε = {epsilon:g}, guidance {other:g}"
+        rows.append(Row(f"{name}-guidance", title, recipe=at(epsilon), main=True, guidance=other, of=name))
     rows.append(Row("unconditional", "without captions, ε = 10", recipe=at(10.0, **short), captions=False))
     return {row.name: row for row in rows}
 

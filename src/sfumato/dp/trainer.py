@@ -1,8 +1,9 @@
 """The loop's body: one logical batch of records to one private step, on one device or several.
 
-What is drawn for a record (its posterior sample, timesteps, noises, whether its caption is left out) needs no secret:
-the guarantee holds for any of it. The coins that choose records and the noise of the step do, and come from a
-`SecretStream`.
+All that is random comes from a `SecretStream`: the noise of the step, and what is drawn for a record (its posterior
+sample, timesteps, noises, whether its caption is left out). The latter are drawn one after the other, so who else is in
+a batch decides which of them a record gets. That changes nothing about their distribution as long as nobody can predict
+them, which is why they are as secret as the noise.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Trainer:
         latents, labels: of all private records; ``ids``: token ids of the captions and, last, of the empty one.
         noise_multiplier: σ; 0 trains without noise.
         steps: how many there will be, for the rate's decay.
-        stream: noise; None where ``noise_multiplier`` is 0.
+        stream: of this process alone; noise and draws are children of it.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Trainer:
             noise_multiplier=noise_multiplier,
             clip=recipe.clip if recipe.private else 1e9,
             expected_batch=recipe.batch,
-            stream=stream,
+            stream=stream.child("noise"),
             normalise=recipe.normalise and recipe.private,
         )
         if distributed.is_available() and distributed.is_initialized():
@@ -89,8 +90,7 @@ class Trainer:
                 distributed.broadcast(p.detach(), 0)
         self.average = [p.detach().clone() for p in choice.parameters]
         self.step_number = 0
-        self.generator = torch.Generator()
-        self.generator.seed()
+        self.draws = stream.child("draws")
         # Until the first step that must change something: not one of nobody without noise.
         self._changed: Callable[[], None] | None = choice.watch()
 
@@ -121,33 +121,27 @@ class Trainer:
         # In full precision: the comparison is finer than bfloat16's rounding.
         self.recipe = replace(recipe, precision="float32")
         shape = (3, *private.mean.shape[1:])
-        noise = torch.randn(shape, generator=self.generator)
-        self.latents, self.labels = Latents(noise, torch.zeros(shape)), torch.zeros(3, dtype=torch.long)
-        state = self.generator.get_state()
-
-        def losses() -> Tensor:
-            self.generator.set_state(state)
-            return self.losses(torch.arange(3))
-
+        self.latents = Latents(self.draws.normal(shape, 1.0), torch.zeros(shape))
+        self.labels = torch.zeros(3, dtype=torch.long)
         try:
-            self.gradients.verify(losses)
+            self.gradients.verify(lambda: self.losses(torch.arange(3)))
         finally:
             self.latents, self.labels, self.recipe = private, labels, recipe
 
     def losses(self, rows: Tensor) -> Tensor:
         """Mean squared error of each row's prediction, (len(rows) * draws,), draws of a record together."""
         draws, count = self.recipe.draws, len(rows)
-        clean = self.latents.sample(rows, self.generator).repeat_interleave(draws, 0)
+        clean = self.latents.sample(rows, self.draws).repeat_interleave(draws, 0)
         # One timestep from each of `draws` equal spans: uniform for every record, and less alike than free ones.
-        span = (torch.rand(count, draws, generator=self.generator) + torch.arange(draws)) / draws
+        span = (self.draws.uniform((count, draws)) + torch.arange(draws)) / draws
         times = (span.flatten() * len(self.signal)).long().clamp(max=len(self.signal) - 1)
-        noise = torch.randn(clean.shape, generator=self.generator)
+        noise = self.draws.normal(clean.shape, 1.0)
         signal = self.signal[times].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
         wanted = target(self.scheduler, clean, noise, signal)
         ids = None
         if self.ids is not None:
-            kept = torch.rand(count, generator=self.generator) >= self.recipe.drop
+            kept = self.draws.uniform((count,)) >= self.recipe.drop
             ids = self.ids[torch.where(kept, self.labels[rows], len(self.ids) - 1)].to(self.device)
         narrow: Any = nullcontext()
         if self.recipe.precision == "bfloat16":
@@ -179,7 +173,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the generators start anew, under fresh keys."""
+        """Go on from `state`, with streams under fresh keys."""
         with torch.no_grad():
             for parameter, value in zip(self.choice.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -187,3 +181,4 @@ class Trainer:
                 mine.copy_(value)
         self.optimizer.original_optimizer.load_state_dict(state["optimizer"])
         self.step_number = int(state["step"])
+        self._changed = self.choice.watch()

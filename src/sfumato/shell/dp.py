@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sfumato.errors import JobError
@@ -251,7 +252,9 @@ def evaluate(
     from sfumato.dp.data import fit, read_records
 
     made = read_records(samples, captions=caption or ())
-    real = read_records(test, captions=caption or made.captions, split="test")
+    real = read_records(test, captions=caption or (), numbered=made.captions, split="test").aligned(
+        made.captions
+    )
     side, channels = int(made.images.shape[-1]), int(made.images.shape[1])
     tested = fit(real.images, channels, side)
     recipe = measures.ClassifierRecipe(epochs=epochs, mirror=mirror)
@@ -285,10 +288,8 @@ def evaluate(
             f"recall {far.recall:.2f}"
         )
     if private is not None:
-        near = measures.copies(
-            made.images[:2000], fit(read_records(private, captions=caption or made.captions).images, channels, side),
-            tested[:2000],
-        )  # fmt: skip
+        theirs = read_records(private, captions=caption or (), numbered=made.captions)
+        near = measures.copies(made.images[:2000], fit(theirs.images, channels, side), tested[:2000])
         report["copies"] = near.to_json()
         lines.append(
             f"nearer to a private image than 99 of 100 other real ones are: {100 * near.nearer:.2f} % of the samples "
@@ -334,8 +335,8 @@ def audit(
         from sfumato.dp.data import read_records
 
         inside = read_records(members, captions=caption or ())
-        outside = read_records(others, captions=caption or inside.captions, split="test")
-        told = attack_folder(model, inside.first(images), outside.first(images))
+        outside = read_records(others, captions=caption or (), numbered=inside.captions, split="test")
+        told = attack_folder(model, inside.sampled(images), outside.aligned(inside.captions).sampled(images))
         report["membership"] = told.to_json()
         lines.append(str(told))
     if as_json:
@@ -388,7 +389,7 @@ def show_ledger(ledger: Ledger, console: Console) -> None:
         ("public start", ", ".join(ledger.public) or "nothing is known"),
     )  # fmt: skip
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     console.print("not covered:", style="bold")
     for sentence in ledger.not_covered:
