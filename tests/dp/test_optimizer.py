@@ -88,6 +88,20 @@ def test_one_record_never_weighs_more_than_the_clip(scale: float, normalise: boo
         assert (steps[1] - steps[0]).norm() <= clip * (1 + 1e-5) + 1e-6 * clip * 5
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("value", [0.3, 1 / 2000, 1e-3])
+def test_a_record_of_four_million_entries_weighs_one_clip(value: float, normalise: bool) -> None:
+    """Squares of that many equal entries, added up in float32, give a norm that is off by up to a thousandth."""
+    clip = 0.25
+    module = given_gradients(torch.full((1, 4_000_000), value))
+    optimizer = private(module, clip=clip, normalise=normalise)
+    optimizer.accumulate()
+    found = float(module[0].summed_grad.double().norm())
+    assert found <= clip * (1 + 1e-6)
+    norm = value * 2000
+    assert found == pytest.approx(clip * (norm / (norm + 0.01) if normalise else 1.0), rel=3e-6)
+
+
 def test_a_record_that_is_not_finite_counts_as_nobody() -> None:
     torch.manual_seed(0)
     rows = [torch.randn(3, 4), torch.randn(3, 2)]

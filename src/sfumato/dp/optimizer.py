@@ -26,8 +26,10 @@ from sfumato.errors import JobError
 
 __all__ = ["PrivateOptimizer"]
 
-# A clipped record's norm is computed in float32; this much is taken off so that rounding cannot push it over C.
+# A clipped record is scaled in float32; this much is taken off so that rounding cannot push it over C.
 ROUNDING = 1e-6
+# Entries whose squares are added up at once: what they take in float64 stays small beside the gradients.
+BLOCK = 1 << 20
 
 
 class PrivateOptimizer(DPOptimizer):
@@ -113,13 +115,7 @@ class PrivateOptimizer(DPOptimizer):
 
     def _factors(self, gradients: list[Tensor]) -> Tensor:
         """What each record is multiplied by, (records,); rows that are not finite become zeros, in place."""
-        norms = (
-            torch.stack([torch.linalg.vector_norm(_flat(g), dim=1) for g in gradients])
-            .double()
-            .square()
-            .sum(0)
-            .sqrt()
-        )
+        norms = torch.stack([_norms(_flat(g)) for g in gradients]).square().sum(0).sqrt()
         finite = norms.isfinite()
         if not bool(finite.all()):
             for g in gradients:
@@ -166,6 +162,12 @@ class PrivateOptimizer(DPOptimizer):
 
     # Opacus' parts of a step, whose order and number a caller could get wrong.
     signal_skip_step = pre_step = clip_and_accumulate = add_noise = scale_grad = _refuse
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norm of each row in float64: in float32 that of a few million entries may come out a thousandth too small."""
+    blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
+    return torch.cat([torch.linalg.vector_norm(block.double(), dim=1) for block in blocks])
 
 
 def _flat(gradient: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -40,6 +41,9 @@ def needs_dp(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        # What the model libraries say while they are imported, of image packages that nothing here needs.
+        for library in ("TRANSFORMERS", "DIFFUSERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")
         from sfumato.diffusion.loading import without_bars
 
         try:
