@@ -22,8 +22,8 @@ DELTA = 1e-5
 
 
 class Shipped(FullBatchStep):
-    def __init__(self, *, draws: int = 2, physical: int = 2) -> None:
-        super().__init__(draws=draws, physical=physical, stream=SecretStream(KEY))
+    def __init__(self, *, draws: int = 2, physical: int = 2, normalise: bool = True) -> None:
+        super().__init__(draws=draws, physical=physical, normalise=normalise, stream=SecretStream(KEY))
 
     def private_of(self, *, noise_multiplier: float, clip: float) -> PrivateOptimizer:
         return PrivateOptimizer(
@@ -32,6 +32,7 @@ class Shipped(FullBatchStep):
             clip=clip,
             expected_batch=self.others,
             stream=self.stream.child("noise"),
+            normalise=self.normalise,
         )
 
 
@@ -46,6 +47,9 @@ class DoubleNoise(Shipped):
 
 
 class NoClipping(Shipped):
+    def __init__(self) -> None:
+        super().__init__(normalise=False)  # normalised records are small whatever the bound
+
     def optimizer(self) -> PrivateOptimizer:
         # The noise keeps its size, the norm bound does not.
         return self.private_of(noise_multiplier=self.noise_multiplier / 1e9, clip=self.clip * 1e9)
@@ -54,8 +58,8 @@ class NoClipping(Shipped):
 class UnmergedRows(Shipped):
     """Every draw of a record is clipped on its own, so a record has four times its share."""
 
-    def __init__(self) -> None:
-        super().__init__(draws=4)
+    def __init__(self, *, normalise: bool = True) -> None:
+        super().__init__(draws=4, normalise=normalise)
 
     def gradients(self) -> Gradients:
         return Gradients(self.block, 1)
@@ -66,8 +70,8 @@ class NoiseInParts(Shipped):
 
     others = 3
 
-    def __init__(self) -> None:
-        super().__init__(draws=1, physical=1)
+    def __init__(self, *, normalise: bool = True) -> None:
+        super().__init__(draws=1, physical=1, normalise=normalise)
         self.parts = self.stream.child("parts")
 
     def optimizer(self) -> PrivateOptimizer:
@@ -91,8 +95,9 @@ class KnownSeed(Shipped):
         super().update(batch)
 
 
-def test_the_shipped_step_passes_and_the_audit_shows_something() -> None:
-    audit = audit_step(Shipped, trials=400)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_shipped_step_passes_and_the_audit_shows_something(normalise: bool) -> None:
+    audit = audit_step(lambda: Shipped(normalise=normalise), trials=400)
     assert audit.claim == pytest.approx(4.3772, abs=1e-4)
     assert audit.verdict == "consistent"
     assert 2.5 <= audit.gaussian < audit.claim
@@ -112,11 +117,23 @@ def test_the_shipped_step_passes_with_ten_thousand_trials() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "trials"),
-    [(HalfNoise, 200), (NoiseInParts, 200), (UnmergedRows, 120), (NoClipping, 100), (KnownSeed, 100)],
+    ("fault", "trials", "given"),
+    [
+        *[
+            (fault, trials, {"normalise": normalise})
+            for fault, trials in (
+                (HalfNoise, 200),
+                (NoiseInParts, 200),
+                (UnmergedRows, 120),
+                (KnownSeed, 100),
+            )
+            for normalise in (True, False)
+        ],
+        (NoClipping, 100, {}),
+    ],
 )
-def test_a_planted_fault_is_caught(fault: type[Shipped], trials: int) -> None:
-    audit = audit_step(fault, trials=trials)
+def test_a_planted_fault_is_caught(fault: type[Shipped], trials: int, given: dict[str, bool]) -> None:
+    audit = audit_step(lambda: fault(**given), trials=trials)
     assert audit.verdict == "refuted"
     assert audit.gaussian > audit.claim
     assert "LEAKS MORE" in str(audit)
@@ -133,13 +150,15 @@ def test_too_much_noise_is_no_pass() -> None:
     assert "nothing is shown" in str(audit)
 
 
-def test_the_canary_moves_the_weights_by_the_clip_norm() -> None:
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_canary_moves_the_weights_by_the_clip_norm(normalise: bool) -> None:
     # Without noise, and in the metric of the score: the canary adds exactly 1, whatever the clip norm.
     class Noiseless(Shipped):
         def optimizer(self) -> PrivateOptimizer:
             return self.private_of(noise_multiplier=0.0, clip=self.clip)
 
-    trial = Noiseless()
+    trial = Noiseless(normalise=normalise)
+    assert trial.private.normalise == normalise
     assert trial(True) - trial(False) == pytest.approx(1.0, abs=1e-3)
     assert trial(True) == trial(True)  # the weights are put back
 

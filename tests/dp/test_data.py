@@ -67,13 +67,19 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_colours_and_grey_in_one_set(tmp_path: Path) -> None:
-    """All are read as the first one is."""
+    """One picture must not decide how all others are read."""
     colour = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     picture(tmp_path / "a" / "0.png", colour)
     picture(tmp_path / "a" / "1.png", colour[..., 0])
+    with pytest.raises(JobError, match=r"1.png is grey and 0.png is not; make all alike"):
+        read_records(tmp_path)
+    picture(tmp_path / "a" / "0.png", colour[..., 1])
+    picture(tmp_path / "a" / "1.png", colour)
+    with pytest.raises(JobError, match=r"1.png is colour and 0.png is not; make all alike"):
+        read_records(tmp_path)
+    picture(tmp_path / "a" / "0.png", colour[::-1])
     found = read_records(tmp_path)
-    assert torch.equal(found.images[0], torch.from_numpy(colour).permute(2, 0, 1))
-    assert torch.equal(found.images[1], torch.from_numpy(colour[..., 0]).expand(3, 8, 8))
+    assert torch.equal(found.images[1], torch.from_numpy(colour).permute(2, 0, 1))
 
 
 def test_loose_images_have_no_labels(tmp_path: Path) -> None:
@@ -136,6 +142,9 @@ def test_arrays(tmp_path: Path) -> None:
                 npz(tmp_path / "a.npz", **dict(zip(names, (DIGITS, LABELS), strict=True))), captions=NAMES
             )
         )
+    numbers = npz(tmp_path / "a.npz", images=DIGITS, labels=LABELS)
+    same(read_records(numbers, numbered=NAMES))
+    same(read_records(numbers, captions=NAMES, numbered=("a", "b", "c")))
     both = npz(tmp_path / "a.npz", train_images=DIGITS[:1], train_labels=LABELS[:1], test_images=DIGITS,
                test_labels=LABELS[:, None], captions=np.array(NAMES))  # fmt: skip
     same(read_records(both, split="test"))
@@ -175,6 +184,17 @@ def test_arrays_that_do_not_fit(
     assert "\n" not in str(raised.value)
 
 
+def test_texts_in_an_archive_are_private(tmp_path: Path) -> None:
+    """They may be anyone's report; that they are names of classes is for the caller to say."""
+    path = npz(tmp_path / "a.npz", images=DIGITS, labels=LABELS, captions=np.array(NAMES))
+    for given in ({}, {"numbered": ("a", "b", "c")}):
+        found = read_records(path, **given)  # type: ignore[arg-type]
+        assert found.captions == NAMES
+        assert not found.classes
+    assert read_records(path, captions=NAMES).classes
+    assert read_records(npz(tmp_path / "b.npz", images=DIGITS, labels=LABELS), captions=NAMES).classes
+
+
 def test_a_damaged_archive(tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", images=DIGITS, labels=LABELS)
     path.write_bytes(path.read_bytes()[:300])
@@ -193,6 +213,30 @@ def test_idx_files(tmp_path: Path) -> None:
         read_records(tmp_path, captions=NAMES, split="test")
     idx(tmp_path / "t10k-labels-idx1-ubyte", LABELS[:2])
     assert read_records(tmp_path, captions=NAMES, split="test").labels.tolist() == [2, 0]
+
+
+def test_classes_are_matched_by_what_they_are_called() -> None:
+    found = Records(torch.from_numpy(DIGITS)[:, None], torch.from_numpy(LABELS), NAMES, classes=False)
+    there = found.aligned(("three", "two", "nought", "one"))
+    assert [there.captions[k] for k in there.labels] == [NAMES[k] for k in LABELS]
+    assert torch.equal(there.images, found.images)
+    assert not there.classes
+    with pytest.raises(JobError, match=r"no class 'two' among 'nought', 'one'; name both sets alike"):
+        found.aligned(("nought", "one"))
+
+
+def test_some_records_by_chance() -> None:
+    """The first of a file that is sorted by class are of one class."""
+    images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1).expand(-1, 1, 2, 2)
+    found = Records(images, torch.arange(200) // 20, tuple("abcdefghij"), classes=False)
+    few = found.sampled(100)
+    rows = few.images[:, 0, 0, 0].long()
+    assert len(rows.unique()) == 100
+    assert torch.equal(few.labels, rows // 20)
+    assert set(few.labels.tolist()) == set(range(10))
+    assert torch.equal(few.images, found.sampled(100).images)
+    assert not torch.equal(few.images, found.sampled(100, seed=1).images)
+    assert (len(found.sampled(1000)), few.captions, few.classes) == (200, found.captions, False)
 
 
 def test_what_the_model_takes() -> None:

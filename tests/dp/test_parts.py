@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sfumato.dp.parts import Latents, Parts, decode, encode, load_parts, target
+from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,16 +60,13 @@ def test_latents_are_of_each_image_alone(parts: Parts, public_unconditional: Pat
 
 def test_every_visit_is_a_fresh_sample() -> None:
     mean, std = torch.tensor([1.0, -2.0]).view(2, 1, 1, 1), torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)
-    latents, generator = (
-        Latents(mean.expand(2, 1, 8, 8), std.expand(2, 1, 8, 8)),
-        torch.Generator().manual_seed(0),
-    )
-    rows = torch.tensor([0] * 400 + [1])
-    drawn = latents.sample(rows, generator)
+    latents = Latents(mean.expand(2, 1, 8, 8), std.expand(2, 1, 8, 8))
+    rows, stream = torch.tensor([0] * 400 + [1]), SecretStream(bytes(32))
+    drawn = latents.sample(rows, stream)
     assert drawn[:400].mean() == pytest.approx(1.0, abs=0.02)
     assert drawn[:400].std() == pytest.approx(0.5, rel=0.02)
     assert torch.equal(drawn[400], mean[1].expand(1, 8, 8))
-    assert not torch.equal(drawn, latents.sample(rows, generator))
+    assert not torch.equal(drawn, latents.sample(rows, stream))
 
 
 def test_targets_lead_back_to_the_image() -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +26,7 @@ from sfumato.errors import JobError
 from sfumato.zoo.train import loop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tuning import images_of
+from tuning import Stopped, images_of
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +133,46 @@ def test_nothing_to_learn_from(tmp_path: Path, clothes: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder(tmp_path: Path, clothes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which each step of training takes a second, and small batches."""
     ticks = count()
-    # A clock by which each step of training takes a second.
     monkeypatch.setattr(loop, "time", SimpleNamespace(thread_time=lambda: float(next(ticks))))
     monkeypatch.setattr(module, "train_autoencoder", partial(module.train_autoencoder, batch=4))
     monkeypatch.setattr(module, "train_denoiser", partial(module.train_denoiser, batch=8, pool=40))
+
+
+def test_a_killed_training_goes_on_and_says_what_it_has_seen(
+    tmp_path: Path, clothes: Path, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that were trained on some images must not be saved as trained on others."""
+    public, out, work = Public(fonts=None, images=(clothes,)), tmp_path / "public", tmp_path / "public.work"
+    before: dict[str, torch.Tensor] = {}
+
+    def killed(pipeline: Any, folder: Path) -> None:
+        before.update({name: value.clone() for name, value in pipeline.unet.state_dict().items()})
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_pipeline", killed)
+        with pytest.raises(Stopped):
+            pretrain_folder(public, out, 0.1)
+    other = tmp_path / "clothes.npz"
+    np.savez(other, images=images_of(20, 6)[:, 0].numpy(), labels=np.arange(20) % 2,
+             captions=np.array(["a photo of a shirt", "a photo of a shoe"]))  # fmt: skip
+    with pytest.raises(JobError, match=r"public.work holds networks that were trained on other images"):
+        pretrain_folder(Public(fonts=None, images=(other,)), out, 0.1)
+    assert not out.exists()
+    assert read_sources(work).digests() == public.mixtures()[2].digests()
+    # Its checkpoints have had their time, so nothing is trained anew.
+    pretrain_folder(public, out, 0.1)
+    after = load_parts(out).unet.state_dict()
+    assert before
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not work.exists()
+
+
+def test_a_folder(tmp_path: Path, clothes: Path, short: None) -> None:
     public = Public(fonts=None, images=(clothes,), words=("a photo of a hat",))
     out = tmp_path / "public"
     pretrain_folder(public, out, 0.1)
@@ -157,12 +192,7 @@ def test_a_folder(tmp_path: Path, clothes: Path, monkeypatch: pytest.MonkeyPatch
     assert sum(p.numel() for p in pipeline.unet.parameters()) < 1.1e6
     with pytest.raises(JobError, match="holds a model already; name a new folder"):
         pretrain_folder(public, out, 0.1)
-    # What was killed before it saved goes on from its checkpoints, which have had their time.
-    before = pipeline.unet.state_dict()
-    shutil.rmtree(out)
-    pretrain_folder(public, out, 0.1)
-    after = load_parts(out).unet.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not (tmp_path / "public.work").exists()
 
 
 def test_characters_of_drawings_have_one_caption() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 
@@ -56,6 +57,25 @@ def test_coins_have_their_probability() -> None:
 def test_coins_of_steps_are_independent() -> None:
     first, second = SecretStream(KEY).coins(400_000, 0.1).reshape(2, -1).double()
     assert stats.binomtest(int((first * second).sum()), len(first), 0.01).pvalue > LEVEL
+
+
+def test_uniforms() -> None:
+    drawn = SecretStream(KEY).uniform((400, 500))
+    assert (drawn.dtype, drawn.shape) == (torch.float32, (400, 500))
+    assert float(drawn.min()) >= 0
+    assert float(drawn.max()) < 1
+    grid = drawn.double() * 2**24
+    assert torch.equal(grid, grid.round())
+    assert (grid % 2 == 1).any()  # no coarser one
+    # Five standard errors: 1/sqrt(12 n).
+    assert float(drawn.double().mean()) == pytest.approx(0.5, abs=5 / math.sqrt(12 * drawn.numel()))
+    assert stats.kstest(drawn.flatten().numpy(), "uniform").pvalue > 1e-4
+
+
+def test_the_largest_uniform_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word of ones would round up to 1 in float32 if more than 24 bits were kept."""
+    monkeypatch.setattr(SecretStream, "_words", lambda self, count: np.full(count, 2**64 - 1, np.uint64))
+    assert SecretStream().uniform((2,)).tolist() == [1 - 2**-24] * 2
 
 
 def test_children_are_independent_and_do_not_depend_on_what_was_drawn() -> None:

@@ -22,6 +22,7 @@ from sfumato.dp.kernel import KernelSettings
 from sfumato.dp.ledger import NOT_COVERED, Ledger
 from sfumato.dp.reproduce import Setting, cropped, finished_rows, reconstructed, run_row
 from sfumato.dp.rows import chosen_rows, rows_of
+from sfumato.dp.sources import Seen, Sources
 from sfumato.dp.subjects import SUBJECTS, Subject
 from sfumato.errors import JobError
 from sfumato.shell import dp_reproduce
@@ -95,6 +96,44 @@ def test_no_row_is_computed_twice(
         assert run_row(rows_of(SUBJECT)[name], setting) == record
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("eps10", {"images": 60}, "images"),
+        ("draws1-eps10", {"few": 30}, "images"),
+        ("eps10", {"kinds": ("cnn", "mlp")}, "classifiers"),
+        ("public", {"steps": 3, "precision": "float32"}, "steps_of_sampling, precision"),
+        ("eps10", {"guidance": 2.0}, "guidance"),
+        ("public", {"public": "other"}, "public"),
+    ],
+)
+def test_no_row_passes_for_one_of_other_settings(
+    measured: dict[str, dict[str, Any]], setting: Setting, tmp_path: Path, name: str, change: dict[str, Any], what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "_images", lambda *_: pytest.fail("computed again"))
+    row = rows_of(SUBJECT, change.pop("guidance", 1.0))[name]
+    if "public" in change:
+        change["public"] = tmp_path
+        Sources((Seen.declared("other images", "given by hand"),)).write(tmp_path)
+    before = (setting.rows / f"{name}.json").read_bytes()
+    with pytest.raises(JobError, match=f"{name}.json was measured with another {what}; remove it"):
+        run_row(row, replace(setting, **change))
+    assert (setting.rows / f"{name}.json").read_bytes() == before
+
+
+def test_guidance_draws_from_the_same_weights(
+    measured: dict[str, dict[str, Any]], setting: Setting, steps: list[int]
+) -> None:
+    row = rows_of(SUBJECT)["eps10-guidance"]
+    found = run_row(row, setting)
+    assert steps == []  # no second training, which would cost ε a second time
+    assert not (setting.rows / "eps10-guidance.run").exists()
+    assert (found["guidance"], measured["eps10"]["guidance"]) == (1.5, 1.0)
+    assert found["spent"] == measured["eps10"]["spent"]
+    (setting.rows / "eps10-guidance.json").unlink()  # the other tests count the rows
+
+
 def test_the_page(
     measured: dict[str, dict[str, Any]], setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +181,13 @@ def test_what_does_not_exist(setting: Setting) -> None:
 def test_rows() -> None:
     known = rows_of(SUBJECT, guidance=2.0)
     main, ablation = chosen_rows(known, ("main",)), chosen_rows(known, ("ablation",))
-    assert [row.name for row in main] == ["public", "eps10", "eps1", "eps-inf", "kernel10", "kernel1", "real"]
+    names = ["public", "eps10", "eps1", "eps-inf", "kernel10", "kernel1", "real"]
+    assert [row.name for row in main] == [*names, "eps10-guidance", "eps1-guidance"]
+    for other in ("eps10", "eps1"):
+        again = known[f"{other}-guidance"]
+        assert (again.run, again.recipe, again.guidance) == (other, known[other].recipe, 1.0)
+        assert known[other].run == other
+        assert rows_of(SUBJECT)[again.name].guidance == 1.5
     assert {row.name for row in main + ablation} == set(known)
     assert chosen_rows(known, ("eps1", "main", "eps1"))[0].name == "eps1"
     for row in ablation:
@@ -151,7 +196,7 @@ def test_rows() -> None:
         base = known[f"base-eps{row.recipe.epsilon:g}"].recipe
         assert base is not None
         assert row.recipe == replace(base, **row.changes)
-    assert {row.guidance for row in main if row.kind in ("tuned", "public")} == {2.0}
+    assert {row.guidance for row in main if row.kind in ("tuned", "public") and not row.of} == {2.0}
     assert {row.guidance for row in ablation} == {1.0}
     assert known["public"].epsilon is None
     assert known["real"].epsilon == float("inf")

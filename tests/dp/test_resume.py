@@ -142,6 +142,37 @@ def test_a_checkpoint_and_its_ledger_belong_together(public: Path, records: Reco
     assert finetune(public, records, RECIPE, broken).ledger.done == 4
 
 
+def test_a_run_that_cannot_go_on_is_not_charged(public: Path, records: Records, tmp_path: Path) -> None:
+    out, register = tmp_path / "out", tmp_path / "register.jsonl"
+    with pytest.raises(Stopped):
+        finetune(public, records, RECIPE, out, register=register, progress=stop_at(4))
+    (out / "checkpoint.pt").unlink()
+    register.write_text("")
+    held = (out / "ledger.json").read_bytes()
+    refused("checkpoint.pt is missing", public, records, RECIPE, out, register=register)
+    assert register.read_text() == ""
+    assert (out / "ledger.json").read_bytes() == held
+
+
+def test_a_short_run_has_checkpoints(public: Path, records: Records, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        finetune(public, records, replace(RECIPE, interval=100), tmp_path / "out", progress=stop_at(3))
+    ledger = Ledger.read(tmp_path / "out" / "ledger.json")
+    assert (ledger.done, ledger.reserved) == (2, 4)
+    assert (tmp_path / "out" / "checkpoint.pt").is_file()
+
+
+def test_a_run_that_lost_every_step_publishes_nothing(public: Path, records: Records, tmp_path: Path) -> None:
+    recipe, out = replace(RECIPE, epochs=0.5), tmp_path / "out"
+    with pytest.raises(Stopped):
+        finetune(public, records, recipe, out, progress=stop_at(1))
+    ledger = Ledger.read(out / "ledger.json")
+    assert (ledger.done, ledger.reserved, ledger.left) == (0, 1, 0)
+    for _ in range(2):
+        refused("every step of the run in .* was lost before a checkpoint", public, records, recipe, out)
+        assert not (out / "model").exists()
+
+
 def test_an_ended_run_takes_no_step(public: Path, records: Records, broken: Path) -> None:
     ledger = Ledger.read(broken / "ledger.json")
     ledger.finish().write(broken / "ledger.json")
@@ -162,7 +193,7 @@ def test_a_register_adds_runs_up(public: Path, records: Records, tmp_path: Path,
     finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
     again = finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
     ran = len(steps)
-    with pytest.raises(BudgetExceeded, match="all 2 on these records"):
+    with pytest.raises(BudgetExceeded, match="all 2 of this register"):
         finetune(public, records, recipe, tmp_path / "two", register=register, limit_epsilon=11.0)
     assert len(steps) == ran == 2
     assert not (tmp_path / "two" / "ledger.json").exists()

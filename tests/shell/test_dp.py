@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from sfumato.dp.data import read_records
+from sfumato.dp import attack, parts
+from sfumato.dp import audit as step_audit
+from sfumato.dp import evaluate as measures
+from sfumato.dp.data import Records, read_records
 from sfumato.dp.ledger import NOT_COVERED, Ledger
 from sfumato.dp.sample import save_samples
 from sfumato.shell import dp as module
@@ -23,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dp"))
 from tuning import CAPTIONS, records_of, remembering, save_public
 
 BUDGET = ("--epsilon", "8", "--delta", "1e-3", "--batch", "32", "--epochs", "2", "--draws", "2")
+#: What the classes are called: only the data holder can say that these texts may be told.
+NAMED = tuple(word for text in CAPTIONS for word in ("--caption", text))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(public: Path, private: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    result = invoked("train", "--public", public, "--private", private, "--out", out, *BUDGET)
+    result = invoked("train", "--public", public, "--private", private, "--out", out, *BUDGET, *NAMED)
     assert result.exit_code == 0, result.output
     guarantee(result.output)
     assert f"model: {out / 'model'}" in result.output.replace("\n", "")
@@ -97,10 +107,38 @@ def test_a_public_model_claims_nothing(public: Path, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_shown_again(run: Path, public: Path, private: Path) -> None:
     before = (run / "ledger.json").read_bytes()
-    result = invoked("train", "--public", public, "--private", private, "--out", run, *BUDGET)
+    result = invoked("train", "--public", public, "--private", private, "--out", run, *BUDGET, *NAMED)
     assert result.exit_code == 0, result.output
     guarantee(result.output)
     assert (run / "ledger.json").read_bytes() == before
+
+
+def test_texts_in_the_private_file_are_not_told(public: Path, private: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoked("train", "--public", public, "--private", private, "--out", out, *BUDGET)
+    assert result.exit_code == 0, result.output
+    assert Ledger.read(out / "ledger.json").captions == ("",)
+    assert CAPTIONS[3] not in (out / "ledger.json").read_text("utf-8")
+
+
+def test_names_are_not_markup(run: Path) -> None:
+    """What comes from a file is printed as it is."""
+    said, held = io.StringIO(), Ledger.read(run / "ledger.json")
+    odd = replace(held, public={"photos [x]": "00", "[/x]": "00"}, trained="[bold]all[/bold] [/]")
+    module.show_ledger(odd, Console(file=said, width=200))
+    for text in ("photos [x], [/x]", "[bold]all[/bold] [/]"):
+        assert text in said.getvalue()
+
+
+def test_the_public_start_can_be_drawn_from(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "glyphs_path", lambda: public)
+    out = tmp_path / "samples.npz"
+    result = invoked("sample", "glyphs", "--images", 2, "--steps", 1, "--out", out, "--prompt", CAPTIONS[0])
+    assert result.exit_code == 0, result.output
+    assert "no ledger: nothing is claimed" in result.output
+    assert read_records(out).images.shape == (2, 1, 32, 32)
 
 
 def test_ledgers_add_up(run: Path, tmp_path: Path) -> None:
@@ -182,6 +220,54 @@ def test_evaluation_on_the_command_line(tmp_path: Path) -> None:
     report = json.loads(invoked(*given, "--json").output)
     assert [found["kind"] for found in report["utility"]] == ["mlp"]
     assert report["copies"]["training"] == 40
+
+
+def test_classes_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class folders are sorted by name: 'one' comes before 'zero', which is class 0 of the samples."""
+    made = Records(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 2, ("zero", "one"))
+    synthetic = save_samples(made, tmp_path / "synthetic.npz")
+    for name, grey in (("zero", 10), ("one", 200)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(np.full((8, 8), grey, np.uint8)).save(tmp_path / "test" / name / f"{number}.png")
+    seen: list[Any] = []
+
+    def utility(synthetic: Any, real: Any, **_: Any) -> list[Any]:
+        seen.append(real)
+        return []
+
+    monkeypatch.setattr(measures, "utility", utility)
+    result = invoked("evaluate", synthetic, "--test", tmp_path / "test")
+    assert result.exit_code == 0, result.output
+    ((images, labels),) = seen
+    assert {(int(i.max()), int(k)) for i, k in zip(images, labels, strict=True)} == {(10, 0), (200, 1)}
+    (tmp_path / "test" / "zero").rename(tmp_path / "test" / "nought")
+    line = said(invoked("evaluate", synthetic, "--test", tmp_path / "test"))
+    assert "there is no class 'nought' among 'zero', 'one'; name both sets alike" in line
+
+
+def test_members_are_chosen_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is sorted by class begins with one class."""
+    sets: list[Records] = []
+
+    def attacked(folder: Path, *given: Records) -> Any:
+        sets.extend(given)
+        return SimpleNamespace(to_json=dict)
+
+    monkeypatch.setattr(attack, "attack_folder", attacked)
+    found = SimpleNamespace(verdict="consistent", to_json=dict)
+    monkeypatch.setattr(step_audit, "audit_step", lambda **_: found)
+    files = []
+    for number, name in enumerate(("members", "others")):
+        held = records_of(400, number)
+        held = Records(held.images, torch.arange(400) // 40, held.captions)
+        files.append(save_samples(held, tmp_path / f"{name}.npz"))
+    result = invoked("audit", "--model", tmp_path, "--members", files[0], "--others", files[1],
+                     "--images", 100, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [len(one) for one in sets] == [100, 100]
+    for one in sets:
+        assert len(one.labels.unique()) == 10
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, private: Path) -> None:
