@@ -128,6 +128,9 @@ def test_a_checkpoint_and_its_ledger_belong_together(public: Path, records: Reco
 
     state.unlink()
     refused("checkpoint.pt is missing", public, records, RECIPE, broken)
+    for damaged in (b"", b"no archive", saved[:1000]):
+        state.write_bytes(damaged)
+        refused("checkpoint.pt is damaged; restore it and its ledger", public, records, RECIPE, broken)
     state.write_bytes(saved)
 
     ledger.unlink()  # a fresh ledger would forget what the weights have cost

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -264,8 +265,8 @@ def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | Non
     """The last checkpoint, None before the first.
 
     Raises:
-        JobError: it is missing, or it and the ledger are not of the same moment: going on would claim steps that the
-            weights have not seen, or leave out steps that they have.
+        JobError: it is missing or damaged, or it and the ledger are not of the same moment: going on would claim steps
+            that the weights have not seen, or leave out steps that they have.
     """
     where = f"{path.parent} has a {path.name}"
     if not path.is_file():
@@ -275,7 +276,12 @@ def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | Non
                 "new run in a new folder"
             )
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise JobError(
+            f"{path} is damaged; restore it and its ledger, or start a new run in a new folder"
+        ) from None
     if state["run"] != ledger.run:
         raise JobError(
             f"{where} of another run than its ledger's; restore that run's ledger, or name a new folder"
