@@ -108,12 +108,12 @@ def test_the_shipped_step_passes_and_the_audit_shows_something(normalise: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # 20,000 steps, about a minute of one idle core
-def test_the_shipped_step_passes_with_ten_thousand_trials() -> None:
-    audit = audit_step(Shipped, trials=10_000)
+def test_the_shipped_step_passes_with_more_trials() -> None:
+    # Ten thousand a side, and the faults beside them: benchmarks/dp_audit.py.
+    audit = audit_step(Shipped, trials=2_500)
     assert audit.verdict == "consistent"
-    assert 3.6 <= audit.gaussian < audit.claim
-    assert 1.0 <= audit.clopper_pearson < audit.claim
+    assert 3.4 <= audit.gaussian < audit.claim
+    assert 0.8 <= audit.clopper_pearson < audit.claim
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,7 @@ def test_the_page(
 ) -> None:
     monkeypatch.setattr(module, "_images", lambda *_: pytest.fail("computed again"))
     said = io.StringIO()
-    dp_reproduce.run_dp_ldm(
-        Console(file=said, width=200), subject="mnist", data=setting.data, public=setting.public, rows=ROWS,
-        out=setting.out, images=40, guidance=1.0, kinds=("cnn",),
-    )  # fmt: skip
+    dp_reproduce.run_dp_ldm(Console(file=said, width=200), setting, ROWS)
     held = json.loads((setting.out / "dp-ldm-mnist.json").read_text("utf-8"))
     assert list(held) == [name for name in rows_of(SUBJECT) if name in ROWS]
     text = (setting.out / "dp-ldm-mnist.md").read_text("utf-8")
@@ -168,14 +165,19 @@ def test_the_page(
 
 
 def test_what_does_not_exist(setting: Setting) -> None:
-    given = {"data": setting.data, "public": setting.public, "out": setting.out, "images": 40, "guidance": 1.0,
-             "kinds": ("cnn",)}  # fmt: skip
     with pytest.raises(JobError, match="there is no data set 'faces'; use one of mnist, pneumonia, cifar10"):
-        dp_reproduce.run_dp_ldm(Console(quiet=True), subject="faces", rows=("main",), **given)  # type: ignore[arg-type]
+        dp_reproduce.setting_of(
+            subject="faces",
+            data=setting.data,
+            public=setting.public,
+            out=setting.out,
+            images=40,
+            kinds=("cnn",),
+        )
     with pytest.raises(
         JobError, match="there is no row 'eps3'; use main, ablation, or some of public, eps10"
     ):
-        dp_reproduce.run_dp_ldm(Console(quiet=True), subject="mnist", rows=("eps3",), **given)  # type: ignore[arg-type]
+        dp_reproduce.run_dp_ldm(Console(quiet=True), setting, ("eps3",))
 
 
 def test_rows() -> None:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ dp_app = typer.Typer(
     no_args_is_help=True,
 )
 P = ParamSpec("P")
+Result = TypeVar("Result")
 
 Captions = Annotated[
     list[str] | None,
@@ -36,11 +37,11 @@ Captions = Annotated[
 Unconditional = Annotated[bool, typer.Option("--unconditional", help="Leave all captions empty.")]
 
 
-def needs_dp(command: Callable[P, None]) -> Callable[P, None]:
+def needs_dp(command: Callable[P, Result]) -> Callable[P, Result]:
     """A missing package of the extra becomes one sentence; models load without the libraries' bars."""
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
         # What the model libraries say while they are imported, of image packages that nothing here needs.
         for library in ("TRANSFORMERS", "DIFFUSERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
@@ -48,7 +49,7 @@ def needs_dp(command: Callable[P, None]) -> Callable[P, None]:
 
         try:
             with without_bars():
-                command(*args, **kwargs)
+                return command(*args, **kwargs)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in ("opacus", "dp_accounting", "scipy", "peft"):
                 raise JobError(f"{error.name} is not installed; pip install 'sfumato[dp]'") from None

@@ -145,16 +145,17 @@ def reproduce(
         run_costs(told, Console())
         return
     if paper == "dp-ldm":
-        from sfumato.shell.dp_reproduce import run_dp_ldm
+        from sfumato.shell.dp_reproduce import run_dp_ldm, setting_of
 
         if data is None or public is None:
             raise JobError(
                 "dp-ldm needs --data, the private and test images, and --public, a model to start from"
             )
-        run_dp_ldm(
-            Console(), subject=model or "mnist", data=data, public=public, rows=tuple(rows.split(",")), out=out,
-            images=images or 50_000, guidance=guidance, kinds=tuple(classifiers.split(",")),
+        setting = setting_of(
+            subject=model or "mnist", data=data, public=public, out=out, images=images or 50_000,
+            kinds=tuple(classifiers.split(",")),
         )  # fmt: skip
+        run_dp_ldm(Console(), setting, rows.split(","), guidance)
         return
     if paper not in STUDIES:
         known = ", ".join((*STUDIES, *DEFAULT_MODELS, "dp-ldm"))
