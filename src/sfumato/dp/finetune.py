@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,7 +277,7 @@ def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | Non
         return None
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # a damaged file raises one of zip's, torch's and the unpickler's own
         raise JobError(
             f"{path} is damaged; restore it and its ledger, or start a new run in a new folder"
         ) from None

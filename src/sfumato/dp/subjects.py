@@ -76,7 +76,7 @@ SUBJECTS: Mapping[str, Subject] = {
         lambda folder: _idx_test(folder / "mnist", _DIGITS),
         "grey",
         4096,
-        4.0,
+        20.0,
     ),
     "pneumonia": Subject(
         "pneumonia",

@@ -33,7 +33,7 @@ Protocols differ (sample counts, δ, how the classifier is chosen). Cost that DP
 of private training and 192 of pre-training (RTX A4000), where DP-API takes 500 and DP-Diffusion 1,250 (V100); ours is
 in the column of CPU seconds."""
 _SHORT = """\
-Trained a quarter as long as the main rows, with two timesteps per record, sampled without guidance; 10,000 images,
+Trained a tenth as long as the main rows, with two timesteps per record, sampled without guidance; 10,000 images,
 one CNN of one seed, so differences below about half a point are noise."""
 _GRID = ("real", "public", "eps1", "eps10")
 
