@@ -19,16 +19,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.dp.data import fit, read_records
 from sfumato.dp.glyphs import Glyphs, glyphs_of_drawings, glyphs_of_fonts, system_fonts
 from sfumato.dp.public import Characters, Mixture, Source, Stills
 from sfumato.dp.sources import Seen, Sources
 from sfumato.errors import JobError
-from sfumato.zoo.train.build import save_pipeline
+from sfumato.zoo.train.build import WIDTH_TEXT, assembled, make_text_encoder, save_pipeline
 from sfumato.zoo.train.loop import channels_last, run
-from sfumato.zoo.train.prompts import MAX_LENGTH, make_tokenizer
+from sfumato.zoo.train.prompts import make_tokenizer
 
 __all__ = [
     "Public", "make_autoencoder", "make_pipeline", "make_unet", "pretrain_folder", "train_autoencoder",
@@ -36,7 +35,6 @@ __all__ = [
 ]  # fmt: skip
 
 KL_WEIGHT = 1e-5
-WIDTH_TEXT = 64
 SNR_LIMIT = 5.0
 
 
@@ -75,25 +73,6 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """One-layer CLIP text model."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH_TEXT,
-            projection_dim=WIDTH_TEXT,
-            intermediate_size=2 * WIDTH_TEXT,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def make_pipeline(vae: AutoencoderKL, captions: tuple[str, ...]) -> StableDiffusionPipeline:
     """Untrained pipeline around a trained autoencoder. Predicts v (Salimans and Ho 2022): at every noise level a target
     of one size, so that no timestep's gradients fill the clip alone."""
@@ -108,16 +87,7 @@ def make_pipeline(vae: AutoencoderKL, captions: tuple[str, ...]) -> StableDiffus
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=make_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=make_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return assembled(vae, make_text_encoder(tokenizer, layers=1), tokenizer, make_unet(), scheduler)
 
 
 def train_autoencoder(

@@ -50,15 +50,15 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two-layer CLIP text model for the given tokenizer."""
+def make_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextModel:
+    """Small CLIP text model for the given tokenizer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH_TEXT,
             projection_dim=WIDTH_TEXT,
             intermediate_size=2 * WIDTH_TEXT,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=MAX_LENGTH,
             hidden_act="quick_gelu",
@@ -86,12 +86,23 @@ def make_scheduler() -> DDIMScheduler:
 def make_pipeline() -> StableDiffusionPipeline:
     """Untrained pipeline of the final architecture."""
     tokenizer = make_tokenizer()
+    return assembled(make_vae(), make_text_encoder(tokenizer), tokenizer, make_unet(), make_scheduler())
+
+
+def assembled(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> StableDiffusionPipeline:
+    """A pipeline of these parts, without a checker of images."""
     return StableDiffusionPipeline(
-        vae=make_vae(),
-        text_encoder=make_text_encoder(tokenizer),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=make_unet(),
-        scheduler=make_scheduler(),
+        unet=unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
