@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sfumato.dp.data import Records
+from sfumato.dp.finetune import Run, finetune
 from sfumato.dp.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tuning import images_of, remembering, save_public, save_unconditional
+from tuning import RECIPE, images_of, records_of, remembering, save_public, save_unconditional
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +55,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Trainer, "step", counted)
     return ran
+
+
+@pytest.fixture(scope="module")
+def records() -> Records:
+    return records_of(64)
+
+
+@pytest.fixture(scope="module")
+def run(public: Path, records: Records, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finetune(public, records, RECIPE, tmp_path_factory.mktemp("run") / "out")

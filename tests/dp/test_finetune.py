@@ -32,16 +32,6 @@ from tuning import CAPTIONS, RECIPE, STEPS, changed, images_of, records_of, refu
 pytestmark = pytest.mark.usefixtures("remembered")
 
 
-@pytest.fixture(scope="module")
-def records() -> Records:
-    return records_of(64)
-
-
-@pytest.fixture(scope="module")
-def run(public: Path, records: Records, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finetune(public, records, RECIPE, tmp_path_factory.mktemp("run") / "out")
-
-
 def files_with(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 

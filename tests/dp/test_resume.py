@@ -25,19 +25,9 @@ from sfumato.dp.trainer import Trainer
 from sfumato.errors import BudgetExceeded
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tuning import CAPTIONS, RECIPE, STEPS, Stopped, images_of, records_of, refused, stop_at, weights
+from tuning import CAPTIONS, RECIPE, STEPS, Stopped, images_of, refused, stop_at, weights
 
 pytestmark = pytest.mark.usefixtures("remembered")
-
-
-@pytest.fixture(scope="module")
-def records() -> Records:
-    return records_of(64)
-
-
-@pytest.fixture(scope="module")
-def run(public: Path, records: Records, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finetune(public, records, RECIPE, tmp_path_factory.mktemp("run") / "out")
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 6])

@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sfumato.dp.data import fit, read_records
 from sfumato.dp.glyphs import Glyphs, glyphs_of_drawings, glyphs_of_fonts, system_fonts
+from sfumato.dp.parts import Denoiser, target
 from sfumato.dp.public import Characters, Mixture, Source, Stills
 from sfumato.dp.sources import Seen, Sources
 from sfumato.errors import JobError
-from sfumato.zoo.train.build import WIDTH_TEXT, assembled, make_text_encoder, save_pipeline
+from sfumato.zoo.train.build import WIDTH_TEXT, assembled, make_text_encoder, make_vae, save_pipeline
 from sfumato.zoo.train.loop import channels_last, run
 from sfumato.zoo.train.prompts import make_tokenizer
 
@@ -40,18 +41,7 @@ SNR_LIMIT = 5.0
 
 def make_autoencoder(channels: int) -> AutoencoderKL:
     """Autoencoder of ``channels`` x 32 x 32 to 4 x 4 x 4 without attention, 0.8 M parameters."""
-    return AutoencoderKL(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        mid_block_add_attention=False,
-    )
+    return make_vae((16, 32, 48, 64), channels)
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -122,17 +112,6 @@ def _signed(images: Tensor) -> Tensor:
     return (images * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
-class _Denoiser(nn.Module):
-    """U-Net and text encoder as one module."""
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, noisy: Tensor, times: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(noisy, times, self.text_encoder(ids).last_hidden_state).sample
-
-
 def train_denoiser(
     pipeline: StableDiffusionPipeline,
     public: Mixture,
@@ -153,7 +132,7 @@ def train_denoiser(
             captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True
         ).input_ids
     )
-    model = _Denoiser(pipeline.unet, pipeline.text_encoder)
+    model = Denoiser(pipeline.unet, pipeline.text_encoder)
     alphas = pipeline.scheduler.alphas_cumprod
     generator = torch.Generator()
 
@@ -167,7 +146,7 @@ def train_denoiser(
         clean = latents[rows]
         guess = model(a.sqrt() * clean + (1 - a).sqrt() * noise, times,
                       ids[torch.where(kept, labels[rows], len(captions) - 1)])  # fmt: skip
-        return functional.mse_loss(guess, a.sqrt() * noise - (1 - a).sqrt() * clean)
+        return functional.mse_loss(guess, target(pipeline.scheduler, clean, noise, a))
 
     average = run("denoiser", model, step, checkpoint, minutes, peak=peak, decay=0.999)
     model.load_state_dict(average.state)

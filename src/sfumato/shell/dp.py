@@ -159,7 +159,6 @@ def train(
     )  # fmt: skip
     records = read_records(private, captions=caption or ())
     records = records.without_captions() if unconditional else records
-    _warn_delta(delta, len(records))
     with joined() as leader, bars(Console(quiet=not leader)) as progress:
         run = finetune(
             public, records, recipe, out, declared=seen or (), register=register, limit_epsilon=limit_epsilon,
@@ -168,14 +167,6 @@ def train(
     if leader:
         show_ledger(run.ledger, Console())
         print(f"model: {run.model}")
-
-
-def _warn_delta(delta: float, records: int) -> None:
-    if delta >= 1 / records:
-        raise JobError(
-            f"delta is {delta:g}, which is not below 1 / {records} records; a guarantee that may fail for one image "
-            "means nothing (take, say, a tenth of that)"
-        )
 
 
 @dp_app.command("sample")

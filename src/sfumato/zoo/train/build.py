@@ -16,15 +16,14 @@ from .prompts import MAX_LENGTH, make_tokenizer
 WIDTH_TEXT = 64
 
 
-def make_vae() -> AutoencoderKL:
-    """Autoencoder 1x32x32 to 4x8x8 without attention."""
-    channels = (16, 32, 32)
+def make_vae(widths: tuple[int, ...] = (16, 32, 32), channels: int = 1) -> AutoencoderKL:
+    """Autoencoder of 32x32 pixels without attention; to 4x8x8 with three ``widths``, to 4x4x4 with four."""
     return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=channels,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
