@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,19 @@ from sfumato.runtime.local import LocalCluster
 HERE = Path(__file__).parent
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 LIMITS = Limits(connect_s=15.0, stall_s=2.0, idle_s=15.0)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports below those that the kernel hands out, so that nobody who asks it for any port can take one meanwhile."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports: list[int] = []
+    for port in random.sample(range(lowest // 2, lowest), lowest // 2):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((host, port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"no {count} ports are free on {host}")
 
 
 def start(**options: object) -> LocalCluster:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HOSTS, free_ports
 from torch import nn
 
 import sfumato as sf
@@ -21,23 +20,12 @@ from sfumato.runtime.authority import init_cluster
 from sfumato.runtime.cluster import Limits
 
 pytestmark = pytest.mark.processes
-HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-
-
-def free_ports() -> tuple[int, int, int]:
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for host in HOSTS:
-            sock = stack.enter_context(socket.socket())
-            sock.bind((host, 0))
-            ports.append(sock.getsockname()[1])
-        return (ports[0], ports[1], ports[2])
 
 
 @pytest.fixture
 def parties(tmp_path: Path) -> Iterator[tuple[Path, list[subprocess.Popen[str]]]]:
     folder = tmp_path / "cluster"
-    init_cluster(folder, hosts=HOSTS, ports=free_ports(), limits=Limits(connect_s=20.0, stall_s=20.0))
+    init_cluster(folder, hosts=HOSTS, ports=free_ports(3), limits=Limits(connect_s=20.0, stall_s=20.0))
     processes = []
     for index in range(3):
         command = [sys.executable, "-m", "sfumato.runtime.server", "--folder", str(folder / f"party{index}")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_machine import MACHINE
-from processes import HERE, LIMITS, call, put, wait_for
+from processes import HERE, LIMITS, call, free_ports, put, wait_for
 
 import sfumato as sf
 from sfumato.errors import SfumatoError
@@ -35,11 +34,7 @@ FAILED = "party %d ends session %s: %s"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Three parties as operators start them, each with a JSON log."""
     where = tmp_path_factory.mktemp("parties")
-    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    ports = [sock.getsockname()[1] for sock in free]
-    for sock in free:
-        sock.close()
-    init_cluster(where / "ours", ports=ports, clients=(CLIENT,), limits=LIMITS)
+    init_cluster(where / "ours", ports=free_ports(3), clients=(CLIENT,), limits=LIMITS)
     source = Path(sf.__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{source}"}
     processes = []

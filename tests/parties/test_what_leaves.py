@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import free_ports
 from torch import nn
 
 import sfumato as sf
@@ -65,10 +65,7 @@ class Observed:
     """Three parties as their operators start them, with metrics at each and a JSON log at one."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
-        ports = [sock.getsockname()[1] for sock in free]
-        for sock in free:
-            sock.close()
+        ports = free_ports(6)
         self._folder, self._ports = folder, ports[3:]
         init_cluster(folder / "ours", ports=ports[:3], clients=(CLIENT,), limits=Limits(connect_s=PATIENCE_S))
         self.processes = [self._start(index, environment) for index in range(3)]

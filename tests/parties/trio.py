@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from odd_party import MACHINE
-from processes import HERE, check, family, is_running, wait_for
+from processes import HERE, check, family, free_ports, is_running, wait_for
 from proxy import Proxy
 
 import sfumato
@@ -32,10 +31,7 @@ class Trio:
 
     def __init__(self, folder: Path, limits: Limits, clients: Sequence[str]) -> None:
         self.folder, self.limits = folder, limits
-        free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        ports = [sock.getsockname()[1] for sock in free]
-        for sock in free:
-            sock.close()
+        ports = free_ports(3)
         self.direct = init_cluster(folder / "c", ports=ports, clients=clients, limits=limits)
         self.to_client, self.to_peer = (Proxy(("127.0.0.1", ports[1])) for _ in range(2))
         self.cluster = with_ports(self.direct, (ports[0], self.to_client.port, ports[2]))
@@ -46,7 +42,7 @@ class Trio:
             (folder / f"odd{party}").write_text("")
             self.processes.append(self._start(party))
         for party in range(3):
-            wait_for(lambda party=party: self.status(party).get("ready") is True, 60.0)  # type: ignore[misc]
+            wait_for(lambda party=party: self._is_ready(party), 60.0)  # type: ignore[misc]
 
     def _start(self, party: int) -> subprocess.Popen[bytes]:
         source = str(Path(sfumato.__file__).resolve().parents[1])
@@ -58,6 +54,10 @@ class Trio:
             command.append("--die-with-parent")
         with open(self._log(party), "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
+
+    def _is_ready(self, party: int) -> bool:
+        assert self.processes[party].poll() is None, self._log(party).read_text(encoding="utf-8")[-500:]
+        return self.status(party).get("ready") is True
 
     def party_folder(self, party: int) -> Path:
         return self.folder / "c" / f"party{party}"
