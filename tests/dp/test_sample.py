@@ -123,6 +123,7 @@ def test_progress_and_no_images(parts: Parts) -> None:
         ({"steps": 0}, r"steps \(0\) and guidance"),
         ({"guidance": 0.0}, r"guidance \(0.0\) are positive"),
         ({"labels": torch.tensor([0, 10])}, "a label is 10, but there are 10 captions"),
+        ({"device": "abacus"}, "torch cannot compute on 'abacus' here; name another"),
     ],
 )
 def test_what_cannot_be_drawn(parts: Parts, more: dict[str, Any], sentence: str) -> None:

@@ -124,11 +124,8 @@ def check(spent: Spent) -> None:
         )
 
 
-def noise_multiplier(
-    epsilon: float, delta: float, sample_rate: float, steps: int, beside: Sequence[Event] = ()
-) -> float:
-    """The smallest noise multiplier, from 0.1 to 10,000 in units of 0.0001, that keeps ``steps`` within ``epsilon``,
-    together with the events ``beside`` them.
+def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """The smallest noise multiplier, from 0.1 to 10,000 in units of 0.0001, that keeps ``steps`` within ``epsilon``.
 
     *Cost*: about eight evaluations of PRV: one to five seconds at an ε of at most 10.
 
@@ -142,10 +139,10 @@ def noise_multiplier(
         raise JobError(f"a training has at least one step, not {steps}")
 
     def events(index: int) -> list[Event]:
-        return [Event(sample_rate, round(index * _GRID, 4), steps), *beside]
+        return [Event(sample_rate, round(index * _GRID, 4), steps)]
 
     # PRV, with its error added, is almost always the larger; where it is not, the last loop moves up.
-    index = math.ceil(_root(epsilon, delta, sample_rate, steps, beside) / _GRID)
+    index = math.ceil(_root(epsilon, delta, sample_rate, steps) / _GRID)
     while (index - 1) * _GRID >= _NOISE[0] and _prv(events(index - 1), delta) <= epsilon:
         index -= 1
     while (reached := spent(events(index), delta)).epsilon > epsilon:
@@ -154,7 +151,7 @@ def noise_multiplier(
     return round(index * _GRID, 4)
 
 
-def _root(epsilon: float, delta: float, rate: float, steps: int, beside: Sequence[Event]) -> float:
+def _root(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The noise at which PRV gives ``epsilon``, nearer than the grid; or the least noise, where that is enough.
 
     ε falls about as a power of the noise, so in logarithms the search is nearly linear. RDP costs a hundredth of PRV
@@ -163,7 +160,7 @@ def _root(epsilon: float, delta: float, rate: float, steps: int, beside: Sequenc
     """
 
     def over(log_noise: float, price: Callable[[Sequence[Event], float], float], target: float) -> float:
-        return math.log(price([Event(rate, math.exp(log_noise), steps), *beside], delta) / target)
+        return math.log(price([Event(rate, math.exp(log_noise), steps)], delta) / target)
 
     left, right = math.log(_NOISE[0]), math.log(_NOISE[1])
     rough, fine = (_rdp, max(epsilon, 0.2)), (_prv, epsilon)

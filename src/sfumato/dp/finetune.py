@@ -27,7 +27,7 @@ from torch import distributed
 from sfumato.dp.data import Records, fit
 from sfumato.dp.gradients import validate
 from sfumato.dp.ledger import Ledger, Register
-from sfumato.dp.parts import PREDICTIONS, Parts, encode, folder_of, load_parts
+from sfumato.dp.parts import PREDICTIONS, Parts, check_device, encode, folder_of, load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.sources import (
@@ -94,7 +94,7 @@ def finetune(
         )
     parts = load_parts(public)
     _check(parts, records, recipe, out)
-    _check_device(device)
+    check_device(device)
     if (public / LEDGER).is_file():
         raise JobError(
             f"{public} was itself fine-tuned on private images, whose cost would have to be added to this run's; start "
@@ -227,15 +227,6 @@ def _check(parts: Parts, records: Records, recipe: Recipe, out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise JobError(f"{out} is a file; name a folder for this run")
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # whichever its backend has
-        raise JobError(
-            f"torch cannot compute on {device!r} here; name another device (--device), or install its driver"
-        ) from None
 
 
 def _key(path: Path) -> bytes:

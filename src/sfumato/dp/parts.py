@@ -15,7 +15,7 @@ from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
 from sfumato.zoo import GLYPHS, glyphs_path
 
-__all__ = ["Denoiser", "Latents", "Parts", "encode", "load_parts", "target"]
+__all__ = ["Denoiser", "Latents", "Parts", "check_device", "encode", "load_parts", "target"]
 
 #: Pipelines that can be fine-tuned: with a text encoder, and without.
 _WITH_TEXT, _WITHOUT = "StableDiffusionPipeline", "LDMPipeline"
@@ -122,6 +122,19 @@ def load_parts(folder: Path) -> Parts:
         if part is not None:
             part.float().eval().requires_grad_(False)
     return parts
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        JobError: torch has no such device here.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # whichever its backend has
+        raise JobError(
+            f"torch cannot compute on {device!r} here; name another device (--device), or install its driver"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Setting:
 
     ``images`` of a main row, ``few`` of an ablation's; ``kinds`` and ``seeds`` of the classifiers of a main row (an
     ablation has one CNN); ``epochs`` of a main row's classifiers,
-    ``few_epochs`` of an ablation's; ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator.
+    ``few_epochs`` of an ablation's; ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator;
+    ``device`` for training, sampling and classifiers.
     """
 
     subject: Subject
@@ -56,6 +57,7 @@ class Setting:
     epochs: int = 4
     few_epochs: int = 10
     precision: str = "bfloat16"
+    device: str = "cpu"
 
     @property
     def rows(self) -> Path:
@@ -106,6 +108,7 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
                 kinds=kinds,
                 seeds=seeds,
                 recipe=recipe,
+                device=setting.device,
             )
         ]
     if setting.subject.judge is not None:
@@ -161,6 +164,7 @@ def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tup
         trained = train_kernel(
             private.images, private.labels, epsilon=row.recipe.epsilon, delta=row.recipe.delta,
             stream=SecretStream(), classes=len(captions), minutes=setting.kernel_minutes,
+            device=setting.device,
         )  # fmt: skip
         record |= {"epsilon": row.recipe.epsilon, "delta": row.recipe.delta, "cpu_s_training": trained.cpu_s}
         record["events"] = [asdict(event) for event in trained.events]
@@ -169,13 +173,15 @@ def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tup
     if row.kind == "tuned":
         assert row.recipe is not None
         records = private if row.captions else private.without_captions()
-        run = finetune(setting.public, records, row.recipe, setting.rows / f"{row.run}.run", progress=told)
+        out = setting.rows / f"{row.run}.run"
+        run = finetune(setting.public, records, row.recipe, out, device=setting.device, progress=told)
         folder = run.model
         record |= _account(run.ledger)
     record["cpu_s_training"] = time.process_time() - began
     made = sample.draw(
         load_parts(folder), captions, labels, steps=setting.steps, guidance=row.guidance, seed=1,
-        precision=setting.precision, progress=lambda done, of: told("samples", done, of),
+        precision=setting.precision, device=setting.device,
+        progress=lambda done, of: told("samples", done, of),
     )  # fmt: skip
     return made, record
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.dp.data import Records
-from sfumato.dp.parts import Parts, decode
+from sfumato.dp.parts import Parts, check_device, decode
 from sfumato.errors import JobError
 
 __all__ = ["draw", "grid", "save_samples"]
@@ -32,6 +32,7 @@ def draw(
     seed: int = 0,
     batch: int = 500,
     precision: str = "float32",
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Records:
     """One image for each of ``labels`` (N,), which index ``captions``.
@@ -42,22 +43,27 @@ def draw(
         seed: same seed, same images (on one machine, up to rounding of a byte for other ``batch``); more of them
             begin with the same ones.
         precision: of the U-Net's and decoder's arithmetic, "float32" or "bfloat16".
+        device: where the models compute; noise is drawn on the CPU whatever it is.
 
     Raises:
-        JobError: a label without a caption, or a step count below 1.
+        JobError: a label without a caption, a step count below 1, or a device that is not there.
     """
     if steps < 1 or guidance <= 0:
         raise JobError(f"steps ({steps}) and guidance ({guidance}) are positive")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < max(1, len(captions)):
         raise JobError(f"a label is {int(labels.max())}, but there are {len(captions)} captions")
-    parts.unet.eval()
-    parts.vae.eval()
+    check_device(device)
+    for model in (parts.unet, parts.vae, parts.text_encoder):
+        if model is not None:
+            model.to(device).eval()
     denoiser = parts.denoiser().eval()
     texts = _texts(parts, [*captions, ""])
     scheduler = parts.scheduler
     taken = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {"eta": eta} if "eta" in taken else {}
-    narrow: Any = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    narrow: Any = nullcontext()
+    if precision == "bfloat16":
+        narrow = torch.autocast(device.split(":")[0], torch.bfloat16)
     images = []
     for number, part in enumerate(labels.split(batch)):
         # A generator of each image by itself: a longer run begins with the images of a shorter one.
@@ -67,14 +73,14 @@ def draw(
             extra["generator"] = generators
         scheduler.set_timesteps(steps)
         x = torch.stack([torch.randn(parts.latent_shape, generator=g) for g in generators])
-        x = x * scheduler.init_noise_sigma
+        x = x.to(device) * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             seen = scheduler.scale_model_input(x, time)
             with narrow:
-                guess = _guess(denoiser, seen, time, texts, part, guidance)
+                guess = _guess(denoiser, seen, time, texts, part.to(device), guidance)
             x = scheduler.step(guess.float(), time, x, **extra).prev_sample
         with narrow:
-            images.append(decode(parts, x))
+            images.append(decode(parts, x).cpu())
         if progress is not None:
             progress(min(len(labels), (number + 1) * batch), len(labels))
     none = torch.empty(0, parts.channels, parts.side, parts.side, dtype=torch.uint8)
@@ -84,7 +90,7 @@ def draw(
 def _texts(parts: Parts, captions: Sequence[str]) -> Tensor | None:
     """Text embeddings (len(captions), tokens, width), once for all images."""
     ids = parts.ids(captions)
-    return None if ids is None else parts.text_encoder(ids).last_hidden_state
+    return None if ids is None else parts.text_encoder(ids.to(parts.text_encoder.device)).last_hidden_state
 
 
 def _guess(

@@ -184,6 +184,7 @@ def sample(
     ] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="An .npz; a grid .png beside it.")] = Path("samples.npz"),
 ) -> None:
     """Draw images and say under which guarantee. Sampling costs no privacy.
@@ -207,7 +208,7 @@ def sample(
     with bars(Console()) as progress:
         made = draw(
             parts, captions, labels, steps=steps, guidance=guidance, seed=seed, precision=precision,
-            progress=lambda done, of: progress("images", done, of),
+            device=device, progress=lambda done, of: progress("images", done, of),
         )  # fmt: skip
     save_samples(made, out)
     order = torch.argsort(labels[: 20 * len(captions)], stable=True)

@@ -50,16 +50,33 @@ def run_dp_ldm(console: Console, setting: Setting, rows: Sequence[str], guidance
 
 @needs_dp
 def setting_of(
-    *, subject: str, data: Path, public: Path, out: Path, images: int, kinds: tuple[str, ...]
+    *,
+    subject: str,
+    data: Path,
+    public: Path,
+    out: Path,
+    images: int,
+    kinds: tuple[str, ...],
+    device: str = "cpu",
 ) -> Setting:
     """The setting that the command line names.
 
     Raises:
-        JobError: an unknown subject.
+        JobError: an unknown subject; a device that is not there.
     """
+    from sfumato.dp.parts import check_device
     from sfumato.dp.reproduce import Setting
     from sfumato.dp.subjects import SUBJECTS
 
+    check_device(device)
     if subject not in SUBJECTS:
         raise JobError(f"there is no data set {subject!r}; use one of {', '.join(SUBJECTS)}")
-    return Setting(subject=SUBJECTS[subject], data=data, public=public, out=out, images=images, kinds=kinds)
+    return Setting(
+        subject=SUBJECTS[subject],
+        data=data,
+        public=public,
+        out=out,
+        images=images,
+        kinds=kinds,
+        device=device,
+    )

@@ -125,6 +125,7 @@ def reproduce(
     rows: Annotated[str, typer.Option(help="dp-ldm: main, ablation, or names of rows, by commas.")] = "main",
     guidance: Annotated[float, typer.Option(help="dp-ldm: weight of the prompt in sampling.")] = 1.0,
     classifiers: Annotated[str, typer.Option(help="dp-ldm: cnn, mlp, wrn-40-4, ... by commas.")] = "cnn,mlp",
+    device: Annotated[str, typer.Option(help="dp-ldm: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for chunks, records and the page.")] = Path("reproduce"),
 ) -> None:
     """Rebuild a paper's tables at this machine's scale, with the controls beside them: JSON, and a page.
@@ -153,7 +154,7 @@ def reproduce(
             )
         setting = setting_of(
             subject=model or "mnist", data=data, public=public, out=out, images=images or 50_000,
-            kinds=tuple(classifiers.split(",")),
+            kinds=tuple(classifiers.split(",")), device=device,
         )  # fmt: skip
         run_dp_ldm(Console(), setting, rows.split(","), guidance)
         return
