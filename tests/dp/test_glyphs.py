@@ -17,6 +17,7 @@ from sfumato.dp.glyphs import (
     glyphs_of_drawings,
     glyphs_of_fonts,
     system_fonts,
+    with_habits,
 )
 from sfumato.errors import JobError
 
@@ -64,6 +65,27 @@ def test_classes_then_families_then_styles(digits: Glyphs) -> None:
     counts = torch.bincount(digits.labels[some], minlength=10)
     assert counts[[3, 7]].sum() == 3000
     assert (counts[3] - 1500).abs() < 150
+
+
+def test_habits_stand_beside_the_printed_forms(digits: Glyphs) -> None:
+    """A seven gets a bar through its stem, and no more than its share; digits without a habit stay as they are."""
+    more = with_habits(digits)
+    own, added = len(digits.labels), len(more.labels) - len(digits.labels)
+    assert torch.equal(more.fields[:own], digits.fields)
+    assert set(more.labels[own:].tolist()) == {7}
+    assert added == int((digits.labels == 7).sum())
+    printed, barred = digits.fields[digits.labels == 7].float(), more.fields[own:].float()
+    assert (barred <= printed).all()
+    for before, after in zip(printed, barred, strict=True):
+        rows, columns = torch.nonzero((after < 1) & (before >= 1), as_tuple=True)
+        assert 20 <= int(rows.min()) <= int(rows.max()) <= 44  # about the middle of 64
+        stem = int(before[int(rows.float().mean())].argmin())
+        assert int(columns.min()) < stem - 3 < stem + 3 < int(columns.max())
+    drawn = more.choose(40_000, torch.Generator().manual_seed(0), classes=(7,))
+    assert float((drawn >= own).double().mean()) == pytest.approx(0.4 / 1.4, abs=0.02)
+    letters = with_habits(Glyphs(digits.fields[:2], torch.tensor([0, 1]), torch.tensor([0, 0]), ("9", "q")))
+    assert letters.labels.tolist() == [0, 1, 0]
+    assert torch.equal(letters.fields[2], letters.fields[1])
 
 
 def test_drawn_as_handwriting(digits: Glyphs) -> None:

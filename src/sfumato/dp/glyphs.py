@@ -21,7 +21,9 @@ from torch.nn import functional
 
 from sfumato.errors import JobError
 
-__all__ = ["CHARACTERS", "Glyphs", "draw_glyphs", "glyphs_of_drawings", "glyphs_of_fonts", "system_fonts"]
+__all__ = [
+    "CHARACTERS", "Glyphs", "draw_glyphs", "glyphs_of_drawings", "glyphs_of_fonts", "system_fonts", "with_habits",
+]  # fmt: skip
 
 #: Label k is character k: digits first, so that they keep their own numbers.
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -33,17 +35,23 @@ _SIDE = 28
 #: TeX's symbols and brackets, which stand where other fonts have digits and letters.
 _SYMBOLS = ("cmsy10", "cmex10")
 _BOX = 20.0
+#: Habits of the hand that print does not have: a bar through the stem, and characters that are also written as another,
+#: with how often either is drawn for each time that the printed form is.
+_BARRED, _BARS = "7Zz", 0.4
+_ALSO = {"1": ("l", 0.5), "9": ("q", 0.3)}
 
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
     """``fields`` (G, 64, 64) float16, distances in cells; ``labels`` (G,): indices into ``names``; ``groups`` (G,): the
-    font family or alphabet, so that one with many styles does not outweigh the others."""
+    font family or alphabet, so that one with many styles does not outweigh the others; ``shares`` (G,): how often each
+    is drawn beside the others of its label and group, 1 for all where there are none."""
 
     fields: Tensor
     labels: Tensor
     groups: Tensor
     names: tuple[str, ...]
+    shares: Tensor | None = None
     _weights: dict[tuple[int, ...] | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def choose(
@@ -60,8 +68,10 @@ class Glyphs:
         weight = torch.zeros(len(self.labels), dtype=torch.float64)
         for label in wanted.tolist():
             own = self.labels == label
-            _, where, sizes = self.groups[own].unique(return_inverse=True, return_counts=True)
-            weight[own] = 1.0 / (len(sizes) * sizes[where].double())
+            groups, where = self.groups[own].unique(return_inverse=True)
+            share = torch.ones(len(where)) if self.shares is None else self.shares[own]
+            total = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, where, share.double())
+            weight[own] = share.double() / (len(groups) * total[where])
         return weight
 
 
@@ -151,6 +161,46 @@ def glyphs_of_fonts(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyp
             "no font with digits and Latin letters was found; name a folder of .ttf or .otf files (--font-folder)"
         )
     return Glyphs(torch.stack(fields), torch.tensor(labels), torch.tensor(groups), tuple(characters))
+
+
+def with_habits(glyphs: Glyphs) -> Glyphs:
+    """Beside the printed forms, those that many hands write: 7, Z and z with a bar through the stem, 1 as a plain
+    stroke, 9 with a straight tail. Printed sevens have no bar, and who has only seen those takes a barred one for a 2
+    or a 9."""
+    fields, labels, groups = [glyphs.fields], [glyphs.labels], [glyphs.groups]
+    shares = [torch.ones(len(glyphs.labels))]
+    for name in glyphs.names:
+        own = glyphs.labels == glyphs.names.index(name)
+        added = []
+        if name in _BARRED:
+            added.append((own, _barred(glyphs.fields[own].float()).half(), _BARS))
+        if name in _ALSO and _ALSO[name][0] in glyphs.names:
+            other, share = _ALSO[name]
+            theirs = glyphs.labels == glyphs.names.index(other)
+            added.append((theirs, glyphs.fields[theirs], share))
+        for taken, drawn, share in added:
+            fields.append(drawn)
+            labels.append(torch.full((len(drawn),), glyphs.names.index(name)))
+            groups.append(glyphs.groups[taken])
+            shares.append(torch.full((len(drawn),), share))
+    return Glyphs(torch.cat(fields), torch.cat(labels), torch.cat(groups), glyphs.names, torch.cat(shares))
+
+
+def _barred(fields: Tensor) -> Tensor:
+    """Distance fields (N, 64, 64) with a short bar through the stem, at about half the height."""
+    generator = torch.Generator().manual_seed(0)
+    height, half, slope = torch.rand(3, len(fields), generator=generator)
+    low, high = _extent(fields < 1.0)
+    row = low[:, 0] + (0.42 + 0.2 * height) * (high - low)[:, 0]
+    at = torch.arange(len(fields))
+    stem = fields[at, row.round().long()].argmin(1).float()
+    half, slope = 5 + 5 * half, 0.6 * (slope - 0.5)
+    line = torch.arange(_FIELD, dtype=torch.float32)
+    x, y = line[None, None, :] - stem[:, None, None], line[None, :, None] - row[:, None, None]
+    # The bar is where (t, slope t) goes for |t| <= half; the nearest of its points, and how far that is.
+    slope = slope[:, None, None]
+    t = ((x + slope * y) / (1 + slope**2)).clamp(-half[:, None, None], half[:, None, None])
+    return torch.minimum(fields, torch.hypot(x - t, y - slope * t))
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:

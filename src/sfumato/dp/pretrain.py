@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sfumato.dp.data import fit, read_records
-from sfumato.dp.glyphs import Glyphs, glyphs_of_drawings, glyphs_of_fonts, system_fonts
+from sfumato.dp.glyphs import Glyphs, glyphs_of_drawings, glyphs_of_fonts, system_fonts, with_habits
 from sfumato.dp.parts import Denoiser, target
 from sfumato.dp.public import Characters, Mixture, Source, Stills
 from sfumato.dp.sources import Seen, Sources
@@ -196,7 +196,7 @@ class Public:
         seen: list[Seen] = []
         if self.fonts is not None:
             files = system_fonts(self.fonts)
-            glyphs = glyphs_of_fonts(files)
+            glyphs = with_habits(glyphs_of_fonts(files))
             digits = tuple(k for k, name in enumerate(glyphs.names) if name.isdigit())
             parts.append((Characters("fonts: all characters", glyphs, None, self.channels), 0.55, 0.2))
             parts.append((Characters("fonts: digits", glyphs, digits, self.channels), 0.0, 0.45))
