@@ -44,12 +44,13 @@ class Row:
 
 
 def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
-    """By name: the main rows, then one change each to the ablation's base, which trains a tenth as long with half the
-    draws and samples without guidance."""
-    # Many steps, so a lower rate and a longer average than a short run's.
+    """By name: the main rows, then one change each to the ablation's base, which trains an eighth as long and samples
+    without guidance."""
+    # Many steps, so a lower rate and a longer average than a short run's, and fewer draws.
     base = Recipe(
-        epsilon=10.0, delta=subject.delta, batch=subject.batch, epochs=subject.epochs, rate=2e-3, average=0.98
-    )
+        epsilon=10.0, delta=subject.delta, batch=subject.batch, epochs=subject.epochs, rate=2e-3, average=0.98,
+        draws=2,
+    )  # fmt: skip
 
     def at(epsilon: float, **changes: Any) -> Recipe:
         return replace(base, epsilon=epsilon, **changes)
@@ -63,7 +64,7 @@ def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
         Row("kernel1", "kernel mean embedding, ε = 1", "kernel", at(1.0), main=True),
         Row("real", "the real training images", "real", main=True),
     ]
-    short = {"epochs": subject.epochs / 10, "draws": 2, "rate": 3e-3, "average": 0.95}
+    short = {"epochs": subject.epochs / 8, "rate": 3e-3, "average": 0.95}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "base": ("base of the ablation", {}),
         "draws1": ("one timestep per record, not two", {"draws": 1}),
@@ -71,7 +72,8 @@ def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
         "last": ("last weights, not averaged ones", {"average": 0.0}),
         "constant": ("constant rate, not a cosine", {"decay": "constant"}),
         "clipped": ("clipped at 1, not normalised", {"normalise": False, "clip": 1.0}),
-        "small": ("batches of an eighth, eight times the steps", {"batch": max(64, subject.batch // 8)}),
+        "small": ("batches of a quarter, four times the steps", {"batch": max(64, subject.batch // 4)}),
+        "large": ("batches four times as large, a quarter of the steps", {"batch": subject.batch * 4}),
         "slow": ("a third of the rate", {"rate": 1e-3}),
         "from2": ("attention modules from the 2nd", {"first": 2}),
         "from3": ("attention modules from the 3rd", {"first": 3}),

@@ -75,8 +75,8 @@ SUBJECTS: Mapping[str, Subject] = {
         lambda folder: read_records(folder / "mnist", captions=_DIGITS),
         lambda folder: _idx_test(folder / "mnist", _DIGITS),
         "grey",
-        4096,
-        20.0,
+        1024,
+        8.0,
     ),
     "pneumonia": Subject(
         "pneumonia",
