@@ -125,7 +125,7 @@ def train(
     first: Annotated[int, typer.Option(help="First attention module that is trained.")] = 1,
     rank: Annotated[int | None, typer.Option(help="Of LoRA.")] = None,
     drop: Annotated[float, typer.Option(help="Share of captions left empty.")] = 0.1,
-    physical: Annotated[int, typer.Option(help="Images times draws computed at once.")] = 1024,
+    physical: Annotated[int, typer.Option(help="Images times draws computed at once.")] = 256,
     interval: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
