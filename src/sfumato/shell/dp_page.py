@@ -33,8 +33,11 @@ Protocols differ (sample counts, δ, how the classifier is chosen). Cost that DP
 of private training and 192 of pre-training (RTX A4000), where DP-API takes 500 and DP-Diffusion 1,250 (V100); ours is
 in the column of CPU seconds."""
 _SHORT = """\
-Trained a tenth as long as the main rows, with two timesteps per record, sampled without guidance; 10,000 images,
-one CNN of one seed, so differences below about half a point are noise."""
+Trained an eighth as long as the main rows, sampled without guidance; 10,000 images, one CNN of one seed, so differences
+below about half a point are noise."""
+_CHOSEN = """Rate, timesteps per record and guidance were chosen on UCI's handwritten digits, a public stand-in. The batch (many
+small ones, not few large) and the barred sevens of the public start were chosen after rows of this page's kind had been
+looked at, that is on MNIST, as in the papers; no ε covers such a choice."""
 _GRID = ("real", "public", "eps1", "eps10")
 
 
@@ -58,6 +61,8 @@ def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None 
     if main:
         lines += ["## Main rows", "", *_table(main)]
         lines += [*_floor(main), *_sanity(main)]
+    if subject == "mnist":
+        lines += [_CHOSEN, ""]
     for epsilon in (1.0, 10.0):
         few = [
             row
