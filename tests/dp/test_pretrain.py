@@ -93,6 +93,22 @@ def test_half_are_mirrored() -> None:
     assert int((drawn[..., -1] == 1).all((1, 2)).sum()) == 200 - left
 
 
+def test_photos_without_labels_keep_their_size(tmp_path: Path) -> None:
+    """Squares of many sizes are cut out of them, so that a few photos are more than a few images of 32 pixels."""
+    photos = np.zeros((2, 64, 96, 3), np.uint8)
+    photos[:, ::2, :, 0] = 255
+    np.savez(tmp_path / "photos.npz", images=photos)
+    mixture, _, sources = Public(fonts=None, images=(tmp_path / "photos.npz",), channels=3).mixtures()
+    assert mixture.captions == ("a photo",)
+    assert list(sources.digests()) == ["photos"]
+    images, _ = mixture.draw(40, torch.Generator().manual_seed(0))
+    assert images.shape == (40, 3, 32, 32)
+    # One pixel to one shows the stripes, all of the photo in 32 pixels does not.
+    contrast = images[:, 0].diff(dim=1).abs().mean((1, 2))
+    assert float(contrast.max()) > 0.5 > 0.1 > float(contrast.min())
+    assert float(images[:, 1:].max()) == 0.0
+
+
 def test_what_it_learns_from_is_written_down(fonts: Path, drawings: Path, clothes: Path) -> None:
     first, second, sources = Public(fonts=(fonts,), drawings=drawings, images=(clothes,)).mixtures()
     digests = sources.digests()

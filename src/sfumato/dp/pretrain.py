@@ -207,10 +207,11 @@ class Public:
             parts.append((Characters("drawings", glyphs, None, self.channels), 0.3, 0.25))
             seen.append(Seen.of(self.drawings.stem, "drawn characters", masks))
         for path in self.images:
-            records = read_records(path)
-            stills = Stills(
-                path.stem, fit(records.images, self.channels, 32), records.labels, records.captions
-            )
+            records = read_records(path, unlabelled="a photo")
+            # Larger ones stay so: of them a square is cut out anew each time.
+            side = max(32, min(records.images.shape[2:]))
+            images = fit(records.images, self.channels, side)
+            stills = Stills(path.stem, images, records.labels, records.captions)
             parts.append((stills, 0.15, 0.1))
             seen.append(Seen.of(path.stem, "images", records.images))
         if not parts:

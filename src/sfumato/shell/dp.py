@@ -112,7 +112,7 @@ def train(
     epsilon: Annotated[float, typer.Option(help="The budget ε.")],
     delta: Annotated[float, typer.Option(help="The budget δ; below 1 / records.")] = 1e-5,
     epochs: Annotated[float, typer.Option(help="Expected visits of each image.")] = 10.0,
-    batch: Annotated[int, typer.Option(help="Expected images a step. [larger is better]")] = 4096,
+    batch: Annotated[int, typer.Option(help="Expected images a step: about a 60th of all.")] = 4096,
     draws: Annotated[int, typer.Option(help="Timesteps per image, averaged before clipping.")] = 4,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     decay: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
