@@ -37,13 +37,13 @@ class Recipe:
     epsilon: float
     delta: float = 1e-5
     epochs: float = 10.0
-    batch: int = 4096
+    batch: int = 1024
     clip: float = 1.0
     normalise: bool = True
-    rate: float = 3e-3
+    rate: float = 2e-3
     decay: str = "cosine"
-    draws: int = 4
-    average: float = 0.95
+    draws: int = 2
+    average: float = 0.98
     what: str = "attention"
     first: int = 1
     rank: int | None = None

@@ -46,11 +46,7 @@ class Row:
 def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
     """By name: the main rows, then one change each to the ablation's base, which trains an eighth as long and samples
     without guidance."""
-    # Many steps, so a lower rate and a longer average than a short run's, and fewer draws.
-    base = Recipe(
-        epsilon=10.0, delta=subject.delta, batch=subject.batch, epochs=subject.epochs, rate=2e-3, average=0.98,
-        draws=2,
-    )  # fmt: skip
+    base = Recipe(epsilon=10.0, delta=subject.delta, batch=subject.batch, epochs=subject.epochs)
 
     def at(epsilon: float, **changes: Any) -> Recipe:
         return replace(base, epsilon=epsilon, **changes)
@@ -64,6 +60,7 @@ def rows_of(subject: Subject, guidance: float = 1.0) -> dict[str, Row]:
         Row("kernel1", "kernel mean embedding, ε = 1", "kernel", at(1.0), main=True),
         Row("real", "the real training images", "real", main=True),
     ]
+    # Few steps, so a higher rate and a shorter average than the default's.
     short = {"epochs": subject.epochs / 8, "rate": 3e-3, "average": 0.95}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "base": ("base of the ablation", {}),
