@@ -35,7 +35,8 @@ in the column of CPU seconds."""
 _SHORT = """\
 Trained an eighth as long as the main rows, sampled without guidance; 10,000 images, one CNN of one seed, so differences
 below about half a point are noise."""
-_CHOSEN = """Rate, timesteps per record and guidance were chosen on UCI's handwritten digits, a public stand-in. The batch (many
+_CHOSEN = """\
+Rate, timesteps per record and guidance were chosen on UCI's handwritten digits, a public stand-in. The batch (many
 small ones, not few large) and the barred sevens of the public start were chosen after rows of this page's kind had been
 looked at, that is on MNIST, as in the papers; no ε covers such a choice."""
 _GRID = ("real", "public", "eps1", "eps10")
