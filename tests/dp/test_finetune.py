@@ -248,6 +248,14 @@ def test_a_private_model_is_no_public_start(run: Run, tmp_path: Path) -> None:
     """Of other images too: nobody can tell that they are others."""
     refused("was itself fine-tuned on private images.*start from the public model that it", run.model,
             records_of(64, 9), RECIPE, tmp_path / "out")  # fmt: skip
+    # Nor without its ledger, whatever is declared of it.
+    shutil.copytree(run.model, tmp_path / "bare", ignore=shutil.ignore_patterns("ledger.json"))
+    refused("was itself fine-tuned on private images", tmp_path / "bare", records_of(64, 9), RECIPE,
+            tmp_path / "out", declared=["photos"])  # fmt: skip
+    for path in (tmp_path / "bare").glob("sources.*"):
+        path.unlink()
+    refused("was private; start from a model", tmp_path / "bare", records_of(64, 9), RECIPE,
+            tmp_path / "out", declared=["private images of run 1"])  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -227,6 +227,15 @@ def test_the_register_adds_up_all_its_runs(tmp_path: Path) -> None:
     assert len(register.path.read_text().splitlines()) == 3
 
 
+def test_a_larger_delta_makes_no_earlier_run_cheaper(tmp_path: Path) -> None:
+    register = Register(tmp_path / "runs.jsonl")
+    register.charge(ledger())
+    two = spent([PLAN, PLAN], DELTA).epsilon
+    with pytest.raises(BudgetExceeded, match=f"at delta {DELTA:g}, more than the limit of"):
+        register.charge(replace(ledger(), delta=100 * DELTA), two - 1e-3)
+    assert register.charge(replace(ledger(), delta=100 * DELTA)).epsilon == two
+
+
 def test_the_register_knows_its_runs(tmp_path: Path) -> None:
     register, first = Register(tmp_path / "runs.jsonl"), ledger()
     register.charge(first)

@@ -141,7 +141,10 @@ def test_nothing_to_learn_from(tmp_path: Path, clothes: Path) -> None:
         (Public(fonts=(tmp_path,)), "no font with digits and Latin letters was found"),
         (Public(fonts=None, drawings=clothes), r"is no \.npz with bits105 and labels"),
         (Public(fonts=None, drawings=tmp_path / "none.npz"), r"is no \.npz with bits105 and labels"),
-        (Public(fonts=None, images=(clothes, clothes)), "sources need names that differ"),
+        (
+            Public(fonts=None, images=(clothes, clothes)),
+            "needs names that differ, not clothes, clothes; rename",
+        ),
         (Public(fonts=None, images=(clothes,), channels=2), "channels is 2; images are grey"),
     ):
         with pytest.raises(JobError, match=sentence):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sfumato.dp import finetune as module
 from sfumato.dp.data import Records
@@ -75,6 +76,24 @@ def test_a_crash_while_writing(
     assert run.ledger.done == (STEPS - 1 if where == "_save" else STEPS)
 
 
+def test_no_weights_are_left_without_their_ledger(
+    public: Path, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would pass for public ones."""
+
+    def dies(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Sources, "write", dies)
+        with pytest.raises(Stopped):
+            finetune(public, records, RECIPE, tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
+    run = finetune(public, records, RECIPE, tmp_path / "out")
+    assert (run.model / "ledger.json").is_file()
+    assert sorted(path.name for path in run.model.parent.iterdir() if "model" in path.name) == ["model"]
+
+
 def test_a_finished_run_costs_nothing_more(
     public: Path, records: Records, steps: list[int], run: Run
 ) -> None:
@@ -96,7 +115,7 @@ def broken(public: Path, records: Records, tmp_path: Path) -> Path:
 
 def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path, tmp_path: Path) -> None:
     held = (broken / "ledger.json").read_bytes()
-    refused("holds a run with another recipe;", public, records, replace(RECIPE, rate=2e-3), broken)
+    refused("holds a run with another recipe;", public, records, replace(RECIPE, rate=5e-3), broken)
     refused("another private images or key;", public, Records(images_of(64, 7), records.labels, CAPTIONS),
             RECIPE, broken)  # fmt: skip
     other = replace(RECIPE, epsilon=float("inf"))
@@ -107,6 +126,16 @@ def test_a_run_goes_on_as_it_began(public: Path, records: Records, broken: Path,
     if not declared.exists():
         shutil.copytree(public, declared, ignore=shutil.ignore_patterns("sources.*"))
     refused("another public start;", declared, records, RECIPE, broken, declared=["photos"])
+    # The same images, of which one has another caption; the same declared start with other weights.
+    turned = records.labels.clone()
+    turned[0] = (turned[0] + 1) % len(CAPTIONS)
+    refused("begun with other images, captions or public weights; go on with the same", public,
+            Records(records.images, turned, CAPTIONS), RECIPE, broken)  # fmt: skip
+    changed = tmp_path / "changed"
+    shutil.copytree(public, changed)
+    model = next((changed / "vae").glob("*.safetensors"))
+    save_file({name: 1.01 * value for name, value in load_file(model).items()}, model)
+    refused("begun with other images, captions or public weights", changed, records, RECIPE, broken)
     assert (broken / "ledger.json").read_bytes() == held
     # But with less memory, since that changes nothing.
     assert finetune(public, records, replace(RECIPE, physical=8), broken).ledger.reserved == STEPS

@@ -14,7 +14,11 @@ nowhere printed, logged or kept.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import hmac
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +30,12 @@ from torch import distributed
 
 from sfumato.dp.data import Records, fit
 from sfumato.dp.gradients import validate
-from sfumato.dp.ledger import Ledger, Register
+from sfumato.dp.ledger import Ledger, Register, sync
 from sfumato.dp.parts import PREDICTIONS, Parts, check_device, encode, folder_of, load_parts
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.sources import (
+    PRIVATE_RUN,
     Seen,
     Sources,
     commitment,
@@ -95,14 +100,15 @@ def finetune(
     parts = load_parts(public)
     _check(parts, records, recipe, out)
     check_device(device)
-    if (public / LEDGER).is_file():
+    sources = read_sources(public, declared)
+    if (public / LEDGER).is_file() or any(seen.name.startswith(PRIVATE_RUN) for seen in sources.seen):
         raise JobError(
             f"{public} was itself fine-tuned on private images, whose cost would have to be added to this run's; start "
             "from the public model that it started from"
         )
     prints = fingerprint(records.images)
-    sources = read_sources(public, declared)
     refuse_overlap(sources, prints)
+    weights = _digest(parts)  # before adapters
     choice = choose(parts.unet, parts.text_encoder, what=recipe.what, first=recipe.first, rank=recipe.rank)
     validate(parts.denoiser())
     event = recipe.event(len(records))
@@ -124,7 +130,8 @@ def finetune(
         )
         held = _resumed(planned, out / LEDGER)
         held.verify()
-        state = _checkpoint(out / STATE, held, device)
+        begun_with = _identity(records, weights, key)
+        state = _checkpoint(out / STATE, held, begun_with, device)
         told("encode", 0, len(records))
         latents = encode(parts, fit(records.images, parts.channels, parts.side))
         stream = SecretStream()
@@ -135,7 +142,7 @@ def finetune(
         trainer.verify()
         # Nothing is charged before all that can be refused has been.
         ledger = _begun(held, out / LEDGER, register, limit_epsilon)
-        ledger = _train(trainer, ledger, state, stream.child("coins"), out, told)
+        ledger = _train(trainer, ledger, state, begun_with, stream.child("coins"), out, told)
         if not ledger.done:
             raise JobError(
                 f"every step of the run in {out} was lost before a checkpoint, and its budget is spent; start a new run"
@@ -149,6 +156,7 @@ def _train(
     trainer: Trainer,
     ledger: Ledger,
     state: dict[str, Any] | None,
+    begun_with: str,
     coins: SecretStream,
     out: Path,
     told: Progress,
@@ -171,7 +179,8 @@ def _train(
             told("steps", trainer.step_number, ledger.event.steps)
         ledger = ledger.complete(block)
         if not rank():
-            _save({**trainer.state(), "run": ledger.run, "done": ledger.done}, out / STATE)
+            marks = {"run": ledger.run, "done": ledger.done, "begun_with": begun_with}
+            _save({**trainer.state(), **marks}, out / STATE)
         _keep(ledger, out / LEDGER)
     trainer.use_average()
     ledger = ledger if ledger.ended else ledger.finish()
@@ -251,12 +260,33 @@ def _begun(held: Ledger, path: Path, register: Path | None, limit: float | None)
     return held
 
 
-def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | None:
+def _digest(parts: Parts) -> bytes:
+    """SHA-256 over all weights of a pipeline."""
+    total = hashlib.sha256()
+    for model in (parts.vae, parts.unet, parts.text_encoder):
+        for name, value in (model.state_dict() if model is not None else {}).items():
+            total.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return total.digest()
+
+
+def _identity(records: Records, weights: bytes, key: bytes) -> str:
+    """HMAC of what a run goes on with: every image with its caption, in order, and the public weights. The ledger's
+    commitment is of the images alone, so that runs with other captions still add up."""
+    total = hmac.new(key, b"sfumato-dp-begun-with:" + weights, hashlib.sha256)
+    total.update(json.dumps([list(records.images.shape), list(records.captions)]).encode())
+    total.update(records.labels.numpy().astype("<i8").tobytes())
+    for part in records.images.split(4096):
+        total.update(part.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _checkpoint(path: Path, ledger: Ledger, begun_with: str, device: str) -> dict[str, Any] | None:
     """The last checkpoint, None before the first.
 
     Raises:
-        JobError: it is missing or damaged, or it and the ledger are not of the same moment: going on would claim steps
-            that the weights have not seen, or leave out steps that they have.
+        JobError: it is missing or damaged, of other records, captions or public weights, or it and the ledger are not
+            of the same moment: going on would claim steps that the weights have not seen, or leave out steps that they
+            have.
     """
     where = f"{path.parent} has a {path.name}"
     if not path.is_file():
@@ -275,6 +305,11 @@ def _checkpoint(path: Path, ledger: Ledger, device: str) -> dict[str, Any] | Non
     if state["run"] != ledger.run:
         raise JobError(
             f"{where} of another run than its ledger's; restore that run's ledger, or name a new folder"
+        )
+    if state.get("begun_with") != begun_with:
+        raise JobError(
+            f"{where} that was begun with other images, captions or public weights; go on with the same, or name a new "
+            "folder"
         )
     if not ledger.done <= state["done"] <= state["step"] <= ledger.reserved:
         older = "older" if state["done"] < ledger.done else "newer"
@@ -305,7 +340,8 @@ def _resumed(planned: Ledger, path: Path) -> Ledger:
     differs = [name for name, (one, other) in pairs.items() if one != other]
     if differs:
         raise JobError(
-            f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same or in a new folder"
+            f"{path.parent} holds a run with another {', '.join(differs)}; go on with the same (--register too, "
+            "whose key it is) or in a new folder"
         )
     return held
 
@@ -334,17 +370,24 @@ def _save(state: dict[str, Any], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+    sync(path.parent)  # before the ledger that counts on it
 
 
 def _publish(parts: Parts, choice: Choice, sources: Sources, ledger: Ledger, folder: Path) -> None:
     """The pipeline as diffusers saves it, adapters merged, with ledger and sources beside it."""
     parts.unet.to("cpu")
+    # Under its own name once it is whole: weights without their ledger would pass for public ones.
+    draft = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
     if choice.rank is not None:
         merge(parts.unet)
     if parts.tokenizer is not None:
-        save_pipeline(parts.pipeline, folder)
+        save_pipeline(parts.pipeline, draft)
     else:
-        parts.pipeline.save_pretrained(folder, safe_serialization=True)
+        parts.pipeline.save_pretrained(draft, safe_serialization=True)
     note = f"epsilon {ledger.epsilon:g}, delta {ledger.delta:g}: see ledger.json"
-    Sources((*sources.seen, Seen.declared(f"private images of run {ledger.run}", note))).write(folder)
-    ledger.write(folder / LEDGER)
+    Sources((*sources.seen, Seen.declared(f"{PRIVATE_RUN} {ledger.run}", note))).write(draft)
+    ledger.write(draft / LEDGER)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    sync(folder.parent)

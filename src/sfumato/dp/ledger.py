@@ -28,7 +28,7 @@ from sfumato.dp import accountant
 from sfumato.dp.accountant import Event, Spent
 from sfumato.errors import BudgetExceeded, JobError
 
-__all__ = ["ADJACENCY", "MECHANISM", "NOT_COVERED", "Ledger", "Register", "compose"]
+__all__ = ["ADJACENCY", "MECHANISM", "NOT_COVERED", "Ledger", "Register", "compose", "sync"]
 
 FORMAT = 1
 ADJACENCY = "add or remove one record (image and its label)"
@@ -200,7 +200,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync(path.parent)
+        sync(path.parent)
 
     @staticmethod
     def read(path: Path) -> Ledger:
@@ -261,8 +261,8 @@ class Register:
         self.path = path
 
     def charge(self, ledger: Ledger, limit_epsilon: float | None = None) -> Spent:
-        """Enter a run, and ε of all runs entered with it, at the ledger's δ. A resumed run is entered already and costs
-        nothing more.
+        """Enter a run, and ε of all runs entered with it, at the smallest δ of them. A resumed run is entered already
+        and costs nothing more.
 
         Args:
             ledger: of the run that is about to start or resume.
@@ -283,17 +283,20 @@ class Register:
                 )
             earlier = [e for e in entries if e["run"] != ledger.run]
             events = [Event(e["sample_rate"], e["noise_multiplier"], e["steps"]) for e in earlier]
-            spent = _priced([*events, ledger.event], ledger.delta)
+            # At the smallest δ of them all: a larger one would make the earlier runs look cheaper than they were.
+            delta = min([ledger.delta, *(e["delta"] for e in earlier)])
+            spent = _priced([*events, ledger.event], delta)
             if limit_epsilon is not None and spent.epsilon > limit_epsilon:
                 raise BudgetExceeded(
-                    f"with this run all {len(earlier) + 1} of this register would cost epsilon {spent.epsilon:.4f}, "
-                    f"more than the limit of {limit_epsilon:g}; take fewer steps or more noise"
+                    f"with this run all {len(earlier) + 1} of this register would cost epsilon {spent.epsilon:.4f} "
+                    f"at delta {delta:g}, more than the limit of {limit_epsilon:g}; lower --epsilon or "
+                    "--epochs, or raise the limit"
                 )
             if known is None:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(self.path.parent)
+        sync(self.path.parent)
         return spent
 
     @contextmanager
@@ -329,7 +332,7 @@ def _priced(events: Iterable[Event], delta: float) -> Spent:
     return spent
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Put a folder's names on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

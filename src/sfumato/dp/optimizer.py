@@ -121,7 +121,7 @@ class PrivateOptimizer(DPOptimizer):
             for g in gradients:
                 g[~finite] = 0  # zero times infinity would be no number
         if self.normalise:
-            factors = self.max_grad_norm / (norms + self.gamma)
+            factors = self.max_grad_norm / ((norms + self.gamma) * (1 + ROUNDING))
         else:
             factors = self.max_grad_norm / torch.clamp(norms * (1 + ROUNDING), min=self.max_grad_norm)
         return torch.where(finite, factors, torch.zeros_like(factors))

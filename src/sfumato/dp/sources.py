@@ -48,6 +48,8 @@ DECLARED = "declared, not checked"
 _SAMPLED = 64
 #: Pixels that an image must keep after trimming; fewer are common to unrelated drawings.
 _LEAST_PIXELS = 16
+#: How the name of a source begins that a fine-tuning writes down.
+PRIVATE_RUN = "private images of run"
 _CHUNK = 4096
 _JSON, _TENSORS = "sources.json", "sources.safetensors"
 _KEY_BYTES = 32
@@ -171,7 +173,10 @@ class Sources:
     def __post_init__(self) -> None:
         names = [source.name for source in self.seen]
         if len(set(names)) != len(names) or not all(names):
-            raise JobError(f"sources need names that differ, not {names}")
+            raise JobError(
+                f"what a model has seen needs names that differ, not {', '.join(names)}; rename a file (--images) or "
+                "what was declared (--seen)"
+            )
 
     def digests(self) -> dict[str, str]:
         """Name and digest of each, as a ledger keeps them."""
@@ -216,6 +221,10 @@ def read_sources(folder: Path, declared: Sequence[str] = ()) -> Sources:
     Raises:
         JobError: neither a record nor a declaration; a damaged record.
     """
+    if any(name.startswith(PRIVATE_RUN) for name in declared):
+        raise JobError(
+            f"a source called '{PRIVATE_RUN} ...' was private; start from a model that has not seen it"
+        )
     named = tuple(Seen.declared(name) for name in declared)
     if (folder / _JSON).exists() or (folder / _TENSORS).exists():
         return Sources(Sources.read(folder).seen + named)
@@ -281,14 +290,12 @@ def private_key(path: Path) -> bytes:
 
 
 def embedded_sources(data: Path) -> Sources:
-    """What sfumato's embedded pipeline has seen, sampled, from the folders of its training data (`zoo.train.data`)."""
+    """What sfumato's embedded pipeline has seen, from the folders of its training data (`zoo.train.data`)."""
     split = load_split(data, train=True)
     notes = ("CC BY-SA 3.0, Y. LeCun, C. Cortes and C. Burges", "MIT, Zalando SE")
     return Sources(
         tuple(
-            Seen.of(
-                name, f"training images, {note}", split.images[split.labels // 10 == number], sampled=True
-            )
+            Seen.of(name, f"training images, {note}", split.images[split.labels // 10 == number])
             for number, (name, note) in enumerate(zip(SETS, notes, strict=True))
         )
     )
