@@ -21,7 +21,7 @@ def test_steps_and_rate() -> None:
     assert RECIPE.steps(2000) == 40
     assert replace(RECIPE, epochs=0.01).steps(2000) == 1
     assert replace(RECIPE, batch=2000).sample_rate(2000) == 1.0
-    with pytest.raises(JobError, match="batch is 500, but there are 499 records; take at most all"):
+    with pytest.raises(JobError, match="batch is 500, but there are 499 records; take about 8"):
         RECIPE.event(499)
 
 

@@ -164,9 +164,9 @@ def test_merged_adapters_leave_a_plain_model(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"what": "everything"}, "one of attention, lora, conditioning, all, not 'everything'"),
-        ({"what": "lora"}, "a rank of at least 1 belongs to what='lora'"),
+        ({"what": "lora"}, r"LoRA needs a rank of at least 1 \(--rank\)"),
         ({"what": "lora", "rank": 0}, "a rank of at least 1"),
-        ({"what": "all", "rank": 4}, "belongs to what='lora' and to it alone"),
+        ({"what": "all", "rank": 4}, "a rank belongs to LoRA alone"),
         ({"first": 5}, "first=5 is outside the attention modules 1 to 4"),
         ({"first": 0}, "outside"),
         ({"what": "all", "first": 2}, "leave it at 1 for 'all'"),

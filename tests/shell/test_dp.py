@@ -246,13 +246,17 @@ def test_classes_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "there is no class 'nought' among 'zero', 'one'; name both sets alike" in line
 
 
-def test_members_are_chosen_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is sorted by class begins with one class."""
+@pytest.mark.parametrize(("bound", "code"), [(0.5, 0), (9.0, 1)])
+def test_members_are_chosen_by_chance(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float, code: int
+) -> None:
+    """A file that is sorted by class begins with one class. A bound above the ledger's claim fails the audit."""
     sets: list[Records] = []
 
-    def attacked(folder: Path, *given: Records) -> Any:
+    def attacked(folder: Path, *given: Records, delta: float) -> Any:
+        assert delta == 1e-3
         sets.extend(given)
-        return SimpleNamespace(to_json=dict)
+        return SimpleNamespace(to_json=dict, epsilon=bound)
 
     monkeypatch.setattr(attack, "attack_folder", attacked)
     found = SimpleNamespace(verdict="consistent", to_json=dict)
@@ -262,9 +266,10 @@ def test_members_are_chosen_by_chance(tmp_path: Path, monkeypatch: pytest.Monkey
         held = records_of(400, number)
         held = Records(held.images, torch.arange(400) // 40, held.captions)
         files.append(save_samples(held, tmp_path / f"{name}.npz"))
-    result = invoked("audit", "--model", tmp_path, "--members", files[0], "--others", files[1],
+    result = invoked("audit", "--model", run / "model", "--members", files[0], "--others", files[1],
                      "--images", 100, "--json")  # fmt: skip
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
+    assert 0 < json.loads(result.stdout)["membership"]["claim"] <= 8
     assert [len(one) for one in sets] == [100, 100]
     for one in sets:
         assert len(one.labels.unique()) == 10

@@ -101,6 +101,9 @@ def test_our_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             ["sdu", "--images", "100", "--inception", "none.pth"],
             "there is no file none.pth; give torch-fidelity's",
         ),
+        (["dp-ldm", "--secure", "20"], "dp-ldm has no use for --secure; leave it out"),
+        (["sdu", "--rows", "main"], "sdu has no use for --rows"),
+        (["puma", "--main"], "puma has no use for --main"),
         (["sdu", "--model", "cifar10", "--images", "100"], "the weights of cifar10 do not come with sfumato"),
     ],
 )

@@ -38,8 +38,9 @@ def record_losses(parts: Parts, records: Records, *, draws: int = 16, seed: int 
     return losses
 
 
-def attack_folder(folder: Path, members: Records, others: Records) -> Membership:
-    """Attack the pipeline in ``folder`` with images it was trained on and others of the same kind.
+def attack_folder(folder: Path, members: Records, others: Records, *, delta: float = 1e-5) -> Membership:
+    """Attack the pipeline in ``folder`` with images it was trained on and others of the same kind; its bound on ε is at
+    ``delta``.
 
     Raises:
         JobError: no such pipeline, or images that do not fit.
@@ -49,4 +50,4 @@ def attack_folder(folder: Path, members: Records, others: Records) -> Membership
         raise JobError(
             f"members are {tuple(members.images.shape[1:])} and others {tuple(others.images.shape[1:])}; give one shape"
         )
-    return membership(lambda records: record_losses(parts, records), members, others)
+    return membership(lambda records: record_losses(parts, records), members, others, delta=delta)

@@ -81,7 +81,7 @@ class Recipe:
         """
         if self.batch > records:
             raise JobError(
-                f"batch is {self.batch}, but there are {records} records; take at most all of them"
+                f"batch is {self.batch}, but there are {records} records; take about {max(1, records // 60)}"
             )
         return self.batch / records
 

@@ -41,7 +41,8 @@ class Setting:
     ``images`` of a main row, ``few`` of an ablation's; ``kinds`` and ``seeds`` of the classifiers of a main row (an
     ablation has one CNN); ``epochs`` of a main row's classifiers,
     ``few_epochs`` of an ablation's; ``steps`` of sampling; ``kernel_minutes`` of a core for the baseline's generator;
-    ``device`` for training, sampling and classifiers.
+    ``device`` for training, sampling and classifiers; ``features``: whose features distances are measured in
+    (their name, and what gives them of images (N, C, H, W)), where it is not the subject's judge.
     """
 
     subject: Subject
@@ -58,6 +59,7 @@ class Setting:
     few_epochs: int = 10
     precision: str = "bfloat16"
     device: str = "cpu"
+    features: tuple[str, Callable[[Tensor], Tensor]] | None = None
 
     @property
     def rows(self) -> Path:
@@ -80,7 +82,9 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     if path.is_file():
         held = json.loads(path.read_text("utf-8"))
         wanted = _settings(row, setting)
-        if differs := [name for name, value in wanted.items() if held.get(name, value) != value]:
+        if differs := [
+            name for name, value in wanted.items() if _plain(held.get(name, value)) != _plain(value)
+        ]:
             raise JobError(
                 f"{path} was measured with another {', '.join(differs)}; remove it, or name another folder (--out)"
             )
@@ -111,14 +115,13 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
                 device=setting.device,
             )
         ]
-    if setting.subject.judge is not None:
-        features = evaluate.judge_features(setting.subject.judge)
+    if (examiner := _examiner(setting)) is not None:
         few = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: setting.few]]
         real = private.images[: setting.few]
         # What no sampler behind this autoencoder can pass; once, with the row of real images.
         floor = reconstructed(setting.public, real, side) if row.kind == "real" else None
         record["distance"] = evaluate.distance(
-            few, real, features=features, name=f"sfumato judge {setting.subject.judge}", reconstructions=floor
+            few, real, features=examiner[1], name=examiner[0], reconstructions=floor
         ).to_json()
     if row.main and row.kind != "real":
         part = slice(0, 2000)
@@ -132,6 +135,20 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     return record
 
 
+def _examiner(setting: Setting) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+    """Whose features distances are measured in: their name, and how to get them."""
+    if setting.features is not None or setting.subject.judge is None:
+        return setting.features
+    return f"sfumato judge {setting.subject.judge}", evaluate.judge_features(setting.subject.judge)
+
+
+def _plain(value: Any) -> Any:
+    """A recipe without the captions that a ledger adds, and without what does not change the result."""
+    if not isinstance(value, dict):
+        return value
+    return {k: v for k, v in value.items() if k not in ("captions", "physical", "interval")}
+
+
 def _settings(row: Row, setting: Setting) -> dict[str, Any]:
     """What a row's numbers depend on beside the data and its recipe."""
     found: dict[str, Any] = {"kind": row.kind, "captions": row.captions}
@@ -142,6 +159,8 @@ def _settings(row: Row, setting: Setting) -> dict[str, Any]:
             "precision": setting.precision,
         }
         found["public"] = read_sources(folder_of(setting.public)).digests()
+    if row.kind == "tuned" and row.recipe is not None:
+        found["recipe"] = row.recipe.to_json()
     if row.kind != "real":
         found["images"] = setting.images if row.main else setting.few
     if row.main and row.captions:

@@ -117,7 +117,11 @@ def choose(
     if what not in CHOICES:
         raise JobError(f"what is trained is one of {', '.join(CHOICES)}, not '{what}'")
     if (rank is not None) != (what == "lora") or (rank is not None and rank < 1):
-        raise JobError(f"a rank of at least 1 belongs to what='lora' and to it alone, not {rank} to '{what}'")
+        raise JobError(
+            "LoRA needs a rank of at least 1 (--rank)"
+            if what == "lora"
+            else f"a rank belongs to LoRA alone (--what lora); leave it out with '{what}'"
+        )
     if first != 1 and what not in ("attention", "lora"):
         raise JobError(f"first={first} numbers attention modules: leave it at 1 for '{what}'")
     blocks = attention_modules(unet)

@@ -109,10 +109,13 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of this run; its 'model' is what may be published.")],
-    epsilon: Annotated[float, typer.Option(help="The budget ε.")],
+    epsilon: Annotated[
+        float,
+        typer.Option(help="The budget ε. inf: no noise and no clipping, to compare with, not to publish."),
+    ],
     delta: Annotated[float, typer.Option(help="The budget δ; below 1 / records.")] = 1e-5,
     epochs: Annotated[float, typer.Option(help="Expected visits of each image.")] = 10.0,
-    batch: Annotated[int, typer.Option(help="Expected images a step: about a 60th of all.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Expected images a step; about a 60th of all does well.")] = 1024,
     draws: Annotated[int, typer.Option(help="Timesteps per image, averaged before clipping.")] = 2,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     decay: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
@@ -123,10 +126,10 @@ def train(
     average: Annotated[float, typer.Option(help="Decay of the averaged weights; 0 keeps the last.")] = 0.98,
     what: Annotated[str, typer.Option(help="attention, lora, conditioning or all.")] = "attention",
     first: Annotated[int, typer.Option(help="First attention module that is trained.")] = 1,
-    rank: Annotated[int | None, typer.Option(help="Of LoRA.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of LoRA (needed there).")] = None,
     drop: Annotated[float, typer.Option(help="Share of captions left empty.")] = 0.1,
     physical: Annotated[int, typer.Option(help="Images times draws computed at once.")] = 256,
-    interval: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,
+    interval: Annotated[int, typer.Option(help="Steps between checkpoints, at most a quarter of all.")] = 10,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     caption: Captions = None,
@@ -136,10 +139,11 @@ def train(
         typer.Option(help="What the public model was trained on, where its folder does not say; repeat."),
     ] = None,
     register: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Your list of all runs on this data.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Your list of all runs on this data; its key lies beside it."),
     ] = None,
     limit_epsilon: Annotated[
-        float | None, typer.Option(help="Most that all runs of the register may cost.")
+        float | None, typer.Option(help="Most that all runs of the register may cost, at their smallest δ.")
     ] = None,
 ) -> None:
     """Fine-tune on private images. The noise is computed from the budget; an interrupted run goes on where it was.
@@ -166,17 +170,20 @@ def train(
         )  # fmt: skip
     if leader:
         show_ledger(run.ledger, Console())
-        print(f"model: {run.model}")
+        print(f"model: {run.model}" + ("" if recipe.private else " (not private: do not publish it)"))
 
 
 @dp_app.command("sample")
 @clean
 @needs_dp
 def sample(
-    model: Annotated[Path, typer.Argument(help="A fine-tuned model's folder, or a public one.")],
+    model: Annotated[Path, typer.Argument(help="A fine-tuned model's folder, a public one, or 'glyphs'.")],
     images: Annotated[int, typer.Option(min=1, help="How many, evenly over the prompts.")] = 1000,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Repeat for several. [default: the ledger's captions]")
+        list[str] | None,
+        typer.Option(
+            help="Repeat for several. [default: the ledger's captions; where it has none, no prompt]"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[
@@ -194,7 +201,7 @@ def sample(
     import torch
 
     from sfumato.dp.ledger import Ledger
-    from sfumato.dp.parts import load_parts
+    from sfumato.dp.parts import folder_of, load_parts
     from sfumato.dp.sample import draw, grid, save_samples
     from sfumato.shell.reproduce import bars
 
@@ -202,7 +209,7 @@ def sample(
     captions = tuple(prompt or ()) or (("",) if ledger is None else ledger.captions)
     if out.suffix != ".npz":
         raise JobError(f"--out is {out}; name an .npz file")
-    parts = load_parts(model)
+    parts = load_parts(folder_of(model))
     labels = torch.arange(images) % len(captions)
     out.parent.mkdir(parents=True, exist_ok=True)
     with bars(Console()) as progress:
@@ -314,7 +321,8 @@ def audit(
     images: Annotated[int, typer.Option(min=100, help="Of each side, for membership inference.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print every number as JSON.")] = False,
 ) -> None:
-    """Attack the shipped private step, and a released model if one is named: lower bounds on ε, beside the claim.
+    """Attack the shipped private step, and a released model if one is named: lower bounds on ε, beside the claim. Exit
+    code 1 if a bound is above it.
 
     Example: `sfumato dp audit --trials 10000`
     """
@@ -327,20 +335,26 @@ def audit(
         found = audit_step(trials=trials, progress=lambda done, of: progress("steps", done, of))
     report = {"step": found.to_json()}
     lines = [str(found)]
+    refuted = found.verdict != "consistent"
     if model is not None and members is not None and others is not None:
         from sfumato.dp.attack import attack_folder
         from sfumato.dp.data import read_records
+        from sfumato.dp.ledger import Ledger
 
         inside = read_records(members, captions=caption or ())
         outside = read_records(others, captions=caption or (), numbered=inside.captions, split="test")
-        told = attack_folder(model, inside.sampled(images), outside.aligned(inside.captions).sampled(images))
-        report["membership"] = told.to_json()
-        lines.append(str(told))
+        claim = Ledger.read(model / "ledger.json")
+        outside = outside.aligned(inside.captions).sampled(images)
+        told = attack_folder(model, inside.sampled(images), outside, delta=claim.delta)
+        claimed = claim.spent().epsilon
+        report["membership"] = {**told.to_json(), "claim": claimed}
+        lines.append(f"{told} The ledger claims ε = {claimed:.4f}.")
+        refuted = refuted or told.epsilon > claimed
     if as_json:
         print(json.dumps(report, indent=1))
     else:
         print("\n".join(lines))
-    if found.verdict != "consistent":
+    if refuted:
         raise typer.Exit(1)
 
 
@@ -379,7 +393,11 @@ def show_ledger(ledger: Ledger, console: Console) -> None:
     rows = (
         ("guarantee", f"ε = {spent.epsilon:.4f} at δ = {ledger.delta:g} (budget ε = {ledger.epsilon:g})"),
         ("accountants", f"PRV {spent.prv:.4f}, PLD {spent.pld:.4f}; RDP bound {spent.rdp:.4f}"),
-        ("protects", "adding or removing one record (image and its label)"),
+        (
+            ("protects", "adding or removing one record (image and its label)")
+            if math.isfinite(ledger.epsilon)
+            else ("protects", "nothing: there was no noise")
+        ),
         ("steps", f"{ledger.reserved} of {ledger.event.steps} spent, {ledger.done} in the weights"),
         ("each step", f"sample rate {plan.sample_rate:.5f}, noise multiplier {plan.noise_multiplier:.4f}"),
         ("trained", ledger.trained),

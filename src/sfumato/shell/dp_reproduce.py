@@ -13,6 +13,7 @@ from sfumato.errors import JobError
 from sfumato.shell.dp import needs_dp
 from sfumato.shell.dp_page import accuracy_of, page, picture
 from sfumato.shell.reproduce import bars
+from sfumato.study.inception import Inception
 
 if TYPE_CHECKING:
     from sfumato.dp.reproduce import Setting
@@ -58,11 +59,12 @@ def setting_of(
     images: int,
     kinds: tuple[str, ...],
     device: str = "cpu",
+    inception: Path | None = None,
 ) -> Setting:
     """The setting that the command line names.
 
     Raises:
-        JobError: an unknown subject; a device that is not there.
+        JobError: an unknown subject; a device or weights of Inception that are not there.
     """
     from sfumato.dp.parts import check_device
     from sfumato.dp.reproduce import Setting
@@ -79,4 +81,5 @@ def setting_of(
         images=images,
         kinds=kinds,
         device=device,
+        features=None if inception is None else ("Inception", Inception(inception).features),
     )

@@ -55,8 +55,32 @@ def bench(
     run_bench(asked, Console())
 
 
+#: Options of some papers alone; the rest is for the papers on few-step and secure diffusion.
+_OF_COSTS = ("network", "run", "scores")
+_OF_DP = ("data", "public", "rows", "guidance", "classifiers", "device", "inception", "images")
+
+
+def _refuse_others(context: typer.Context, paper: str) -> None:
+    """
+    Raises:
+        JobError: an option that this paper's study would pass over in silence.
+    """
+    from sfumato.shell.costs import DEFAULT_MODELS
+
+    everywhere = {"paper", "model", "out"}
+    own = set(_OF_COSTS if paper in DEFAULT_MODELS else _OF_DP)
+    if paper not in DEFAULT_MODELS and paper != "dp-ldm":
+        own = set(context.params) - set(_OF_COSTS) - (set(_OF_DP) - {"inception", "images"})
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in own | everywhere:
+            option = {"main_rows": "main"}.get(name, name).replace("_", "-")
+            raise JobError(f"{paper} has no use for --{option}; leave it out")
+
+
 @clean
 def reproduce(
+    context: typer.Context,
     paper: Annotated[
         str, typer.Argument(help="sdu, usg, cipherdm, puma, ditto, mpcformer, marill or dp-ldm.")
     ],
@@ -139,6 +163,7 @@ def reproduce(
     from sfumato.study.reproduce import Asked
     from sfumato.study.tables import STUDIES
 
+    _refuse_others(context, paper)
     if paper in DEFAULT_MODELS:
         told = Costs(
             paper=paper, model=model or "", run=run or "", networks=network or (), scores=scores, out=out
@@ -154,7 +179,7 @@ def reproduce(
             )
         setting = setting_of(
             subject=model or "mnist", data=data, public=public, out=out, images=images or 50_000,
-            kinds=tuple(classifiers.split(",")), device=device,
+            kinds=tuple(classifiers.split(",")), device=device, inception=inception,
         )  # fmt: skip
         run_dp_ldm(Console(), setting, rows.split(","), guidance)
         return

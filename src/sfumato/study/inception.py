@@ -51,6 +51,12 @@ class Inception:
         except Exception:  # what is no such file fails in torch in many ways
             raise JobError(f"{weights} does not hold torch-fidelity's weights of InceptionV3") from None
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 2048) of images (N, C, H, W) in bytes, grey or coloured; nothing is kept, as private images want it."""
+        found = [self._network(part.expand(-1, 3, -1, -1))[0] for part in images.split(_BATCH)]
+        return torch.cat(found).contiguous()
+
     def extract(self, images: Tensor) -> Tensor:
         """(N, 2048) of images (N, C, H, W) in bytes, grey or coloured; kept on disk."""
         seen = hashlib.blake2b(images.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
@@ -60,9 +66,7 @@ class Inception:
             return load(file.read_bytes())["features"]
         except (OSError, SafetensorError):
             pass
-        with torch.no_grad():
-            found = [self._network(part.expand(-1, 3, -1, -1))[0] for part in images.split(_BATCH)]
-        features = torch.cat(found).contiguous()
+        features = self.features(images)
         keep(file, lambda scratch: save_file({"features": features}, scratch))
         return features
 
