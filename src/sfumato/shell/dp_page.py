@@ -52,7 +52,7 @@ def accuracy_of(row: Row, kind: str = "cnn") -> float | None:
 
 def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None = None) -> str:
     """Markdown."""
-    lines = [f"# DP-LDM on {subject}, two cores", "", *_verdict(rows), ""]
+    lines = [f"# DP-LDM on {subject}", "", *_verdict(rows), ""]
     lines += [
         f"`sfumato reproduce dp-ldm --model {subject} --data FOLDER --public FOLDER`. {machine_line(machine())}", "",
         _READ, "",
@@ -61,7 +61,7 @@ def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None 
     main = [row for row in rows.values() if row["main"]]
     if main:
         lines += ["## Main rows", "", *_table(main)]
-        lines += [*_floor(main), *_sanity(main)]
+        lines += [*_floor(main), *_worst(main, subject), *_sanity(main)]
     if subject == "mnist":
         lines += [_CHOSEN, ""]
     for epsilon in (1.0, 10.0):
@@ -157,6 +157,22 @@ def _floor(rows: Sequence[Row]) -> list[str]:
     if not floors:
         return []
     return [f"Real images through the public autoencoder and back are at a distance of {floors[0]:.2f}.", ""]
+
+
+def _worst(rows: Sequence[Row], subject: str) -> list[str]:
+    """Where the CNN of each row errs most: what is missing in its images."""
+    from sfumato.dp.subjects import SUBJECTS
+
+    names = [caption.rpartition(" of ")[2] or caption for caption in SUBJECTS[subject].captions]
+    told = []
+    for row in rows:
+        for found in row.get("utility", ()):
+            if found["kind"] == "cnn":
+                worst = sorted(zip(found["per_class"], names, strict=True))[:2]
+                told.append(
+                    f"{row['title']}: " + ", ".join(f"{name} {100 * part:.1f} %" for part, name in worst)
+                )
+    return [f"The CNN's two worst classes. {'; '.join(told)}.", ""] if told else []
 
 
 def _sanity(rows: Sequence[Row]) -> list[str]:
