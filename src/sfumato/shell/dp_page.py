@@ -87,6 +87,10 @@ def page(rows: Mapping[str, Row], subject: str, audit: Mapping[str, Any] | None 
     return "\n".join(lines)
 
 
+def _spread(row: Row) -> float:
+    return max(float(found["spread"]) for found in row["utility"] if found["kind"] == "cnn")
+
+
 def _verdict(rows: Mapping[str, Row]) -> list[str]:
     """The first paragraph: is it better than the baseline that was run beside it, at both budgets?"""
     parts = []
@@ -95,6 +99,8 @@ def _verdict(rows: Mapping[str, Row]) -> list[str]:
             a, b = accuracy_of(rows[ours]), accuracy_of(rows[theirs])
             if a is not None and b is not None:
                 word = "above" if a > b else "**not above**"
+                if 0 < a - b < max(_spread(rows[ours]), _spread(rows[theirs])):
+                    word = "above, by less than the spread over seeds,"
                 parts.append(
                     f"At ε = {epsilon} a CNN trained on our images reaches {100 * a:.1f} % on real ones, {word} the "
                     f"kernel baseline run here ({100 * b:.1f} %)."
@@ -163,7 +169,9 @@ def _worst(rows: Sequence[Row], subject: str) -> list[str]:
     """Where the CNN of each row errs most: what is missing in its images."""
     from sfumato.dp.subjects import SUBJECTS
 
-    names = [caption.rpartition(" of ")[2] or caption for caption in SUBJECTS[subject].captions]
+    names = [
+        caption.removeprefix("a ").removeprefix("handwritten ") for caption in SUBJECTS[subject].captions
+    ]
     told = []
     for row in rows:
         for found in row.get("utility", ()):
