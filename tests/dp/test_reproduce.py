@@ -105,6 +105,8 @@ def test_no_row_is_computed_twice(
         ("public", {"steps": 3, "precision": "float32"}, "steps_of_sampling, precision"),
         ("eps10", {"guidance": 2.0}, "guidance"),
         ("public", {"public": "other"}, "public"),
+        ("eps10", {"recipe": {"rate": 1e-3}}, "recipe"),
+        ("public", {"features": ("Inception", lambda _: pytest.fail("computed"))}, "features"),
     ],
 )
 def test_no_row_passes_for_one_of_other_settings(
@@ -113,6 +115,9 @@ def test_no_row_passes_for_one_of_other_settings(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "_images", lambda *_: pytest.fail("computed again"))
     row = rows_of(SUBJECT, change.pop("guidance", 1.0))[name]
+    if "recipe" in change:
+        assert row.recipe is not None
+        row = replace(row, recipe=replace(row.recipe, physical=8, **change.pop("recipe")))
     if "public" in change:
         change["public"] = tmp_path
         Sources((Seen.declared("other images", "given by hand"),)).write(tmp_path)

@@ -211,6 +211,8 @@ def test_a_register_adds_runs_up(public: Path, records: Records, tmp_path: Path,
         tmp_path / "one",
         limit_epsilon=11.0,
     )
+    refused("is named as the key beside a register is", public, records, RECIPE, tmp_path / "one",
+            register=tmp_path / "runs.key")  # fmt: skip
     recipe = replace(RECIPE, epochs=1)
     finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)
     again = finetune(public, records, recipe, tmp_path / "one", register=register, limit_epsilon=11.0)

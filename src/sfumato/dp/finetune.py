@@ -97,6 +97,10 @@ def finetune(
         raise JobError(
             "a limit for all runs (--limit-epsilon) needs the list of them; name a register (--register)"
         )
+    if register is not None and register.suffix == ".key":
+        raise JobError(
+            f"{register} is named as the key beside a register is; call the register .jsonl (--register)"
+        )
     parts = load_parts(public)
     _check(parts, records, recipe, out)
     check_device(device)

@@ -82,8 +82,9 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
     if path.is_file():
         held = json.loads(path.read_text("utf-8"))
         wanted = _settings(row, setting)
+        found = {**held, "features": (held.get("distance") or {}).get("features")}
         if differs := [
-            name for name, value in wanted.items() if _plain(held.get(name, value)) != _plain(value)
+            name for name, value in wanted.items() if _plain(found.get(name, value)) != _plain(value)
         ]:
             raise JobError(
                 f"{path} was measured with another {', '.join(differs)}; remove it, or name another folder (--out)"
@@ -139,7 +140,13 @@ def _examiner(setting: Setting) -> tuple[str, Callable[[Tensor], Tensor]] | None
     """Whose features distances are measured in: their name, and how to get them."""
     if setting.features is not None or setting.subject.judge is None:
         return setting.features
-    return f"sfumato judge {setting.subject.judge}", evaluate.judge_features(setting.subject.judge)
+    return str(_features_name(setting)), evaluate.judge_features(setting.subject.judge)
+
+
+def _features_name(setting: Setting) -> str | None:
+    if setting.features is not None:
+        return setting.features[0]
+    return None if setting.subject.judge is None else f"sfumato judge {setting.subject.judge}"
 
 
 def _plain(value: Any) -> Any:
@@ -161,6 +168,8 @@ def _settings(row: Row, setting: Setting) -> dict[str, Any]:
         found["public"] = read_sources(folder_of(setting.public)).digests()
     if row.kind == "tuned" and row.recipe is not None:
         found["recipe"] = row.recipe.to_json()
+    if (name := _features_name(setting)) is not None:
+        found["features"] = name
     if row.kind != "real":
         found["images"] = setting.images if row.main else setting.few
     if row.main and row.captions:
