@@ -121,6 +121,9 @@ def _verdict(rows: Mapping[str, Row]) -> list[str]:
     public = accuracy_of(rows["public"]) if "public" in rows else None
     if public is not None:
         parts.append(f"The public model alone, which saw no private image, gives {100 * public:.1f} %.")
+    free = accuracy_of(rows["eps-inf"]) if "eps-inf" in rows else None
+    if free is not None:
+        parts.append(f"The same training without clipping and noise gives {100 * free:.1f} %.")
     return [" ".join(parts)] if parts else ["No row has been finished yet."]
 
 
