@@ -92,6 +92,7 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
         return held
     setting.rows.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
+    examiner = _examiner(setting)  # before any work, since its weights may be missing
     private, test = setting.subject.private(setting.data), setting.subject.test(setting.data)
     made, record = _images(row, setting, private, told)
     drawn = time.process_time()
@@ -116,7 +117,7 @@ def run_row(row: Row, setting: Setting, progress: Progress | None = None) -> dic
                 device=setting.device,
             )
         ]
-    if (examiner := _examiner(setting)) is not None:
+    if examiner is not None:
         few = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: setting.few]]
         real = private.images[: setting.few]
         # What no sampler behind this autoencoder can pass; once, with the row of real images.

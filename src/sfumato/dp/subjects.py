@@ -95,7 +95,7 @@ SUBJECTS: Mapping[str, Subject] = {
             folder / "cifar10", ("cifar10_train_first4000_lossless.npz", "cifar10_train_jpeg_6000.npz")
         ),
         lambda folder: read_records(folder / "cifar10" / "cifar10_test_jpeg_2000.npz", captions=_CIFAR),
-        "cifar10",
+        None,  # the zoo's judge of CIFAR-10 does not ship
         512,
         8.0,
         1e-5,

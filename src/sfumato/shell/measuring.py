@@ -144,7 +144,9 @@ def reproduce(
     ] = None,
     public: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="dp-ldm: the public model, of `sfumato dp pretrain`, or 'glyphs'."),
+        typer.Option(
+            metavar="FOLDER", help="dp-ldm: the public model, of `sfumato dp pretrain`, or 'glyphs'."
+        ),
     ] = None,
     rows: Annotated[str, typer.Option(help="dp-ldm: main, ablation, or names of rows, by commas.")] = "main",
     guidance: Annotated[float, typer.Option(help="dp-ldm: weight of the prompt in sampling.")] = 1.0,
