@@ -136,6 +136,9 @@ def test_guidance_draws_from_the_same_weights(
     assert not (setting.rows / "eps10-guidance.run").exists()
     assert (found["guidance"], measured["eps10"]["guidance"]) == (1.5, 1.0)
     assert found["spent"] == measured["eps10"]["spent"]
+    # What another process trained has a cost that this one has not seen.
+    assert found["cpu_s_training"] is None
+    assert measured["eps10"]["cpu_s_training"] > 0
     (setting.rows / "eps10-guidance.json").unlink()  # the other tests count the rows
 
 

@@ -198,15 +198,16 @@ def _images(row: Row, setting: Setting, private: Records, told: Progress) -> tup
         record |= {"epsilon": row.recipe.epsilon, "delta": row.recipe.delta, "cpu_s_training": trained.cpu_s}
         record["events"] = [asdict(event) for event in trained.events]
         return Records(trained.sample(labels, seed=1), labels, captions), record
-    folder = setting.public
+    folder, resumed = setting.public, False
     if row.kind == "tuned":
         assert row.recipe is not None
         records = private if row.captions else private.without_captions()
         out = setting.rows / f"{row.run}.run"
+        resumed = (out / "ledger.json").is_file()  # then this process does not know what it has cost
         run = finetune(setting.public, records, row.recipe, out, device=setting.device, progress=told)
         folder = run.model
         record |= _account(run.ledger)
-    record["cpu_s_training"] = time.process_time() - began
+    record["cpu_s_training"] = None if resumed else time.process_time() - began
     made = sample.draw(
         load_parts(folder), captions, labels, steps=setting.steps, guidance=row.guidance, seed=1,
         precision=setting.precision, device=setting.device,
