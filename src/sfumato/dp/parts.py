@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sfumato.dp.randomness import SecretStream
 from sfumato.errors import JobError
 from sfumato.zoo import GLYPHS, glyphs_path
 
-__all__ = ["Denoiser", "Latents", "Parts", "check_device", "encode", "load_parts", "target"]
+__all__ = ["Denoiser", "Latents", "Parts", "arithmetic", "check_device", "encode", "load_parts", "target"]
 
 #: Pipelines that can be fine-tuned: with a text encoder, and without.
 _WITH_TEXT, _WITHOUT = "StableDiffusionPipeline", "LDMPipeline"
@@ -122,6 +123,13 @@ def load_parts(folder: Path) -> Parts:
         if part is not None:
             part.float().eval().requires_grad_(False)
     return parts
+
+
+def arithmetic(precision: str, device: str) -> AbstractContextManager[object]:
+    """In which a model computes in ``precision``, "float32" or "bfloat16"."""
+    if precision == "bfloat16":
+        return torch.autocast(device.split(":")[0], torch.bfloat16)
+    return nullcontext()
 
 
 def check_device(device: str) -> None:

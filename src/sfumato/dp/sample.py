@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.dp.data import Records
-from sfumato.dp.parts import Parts, check_device, decode
+from sfumato.dp.parts import Parts, arithmetic, check_device, decode
 from sfumato.errors import JobError
 
 __all__ = ["draw", "grid", "save_samples"]
@@ -61,9 +60,6 @@ def draw(
     scheduler = parts.scheduler
     taken = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {"eta": eta} if "eta" in taken else {}
-    narrow: Any = nullcontext()
-    if precision == "bfloat16":
-        narrow = torch.autocast(device.split(":")[0], torch.bfloat16)
     images = []
     for number, part in enumerate(labels.split(batch)):
         # A generator of each image by itself: a longer run begins with the images of a shorter one.
@@ -76,10 +72,10 @@ def draw(
         x = x.to(device) * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             seen = scheduler.scale_model_input(x, time)
-            with narrow:
+            with arithmetic(precision, device):
                 guess = _guess(denoiser, seen, time, texts, part.to(device), guidance)
             x = scheduler.step(guess.float(), time, x, **extra).prev_sample
-        with narrow:
+        with arithmetic(precision, device):
             images.append(decode(parts, x).cpu())
         if progress is not None:
             progress(min(len(labels), (number + 1) * batch), len(labels))

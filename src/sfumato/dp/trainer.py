@@ -9,7 +9,6 @@ them, which is why they are as secret as the noise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from sfumato.dp.gradients import Gradients
 from sfumato.dp.optimizer import PrivateOptimizer
-from sfumato.dp.parts import Latents, Parts, target
+from sfumato.dp.parts import Latents, Parts, arithmetic, target
 from sfumato.dp.randomness import SecretStream
 from sfumato.dp.recipe import Recipe
 from sfumato.dp.trainable import Choice
@@ -143,10 +142,7 @@ class Trainer:
         if self.ids is not None:
             kept = self.draws.uniform((count,)) >= self.recipe.drop
             ids = self.ids[torch.where(kept, self.labels[rows], len(self.ids) - 1)].to(self.device)
-        narrow: Any = nullcontext()
-        if self.recipe.precision == "bfloat16":
-            narrow = torch.autocast(self.device.split(":")[0], torch.bfloat16)
-        with narrow:
+        with arithmetic(self.recipe.precision, self.device):
             guess = self.model(noisy.to(self.device), times.to(self.device), ids)
         return functional.mse_loss(guess.float(), wanted.to(self.device), reduction="none").mean((1, 2, 3))
 

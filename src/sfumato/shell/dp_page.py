@@ -107,22 +107,18 @@ def _spread(row: Row) -> float:
 def _verdict(rows: Mapping[str, Row]) -> list[str]:
     """The first paragraph: is it better than the baseline that was run beside it, at both budgets?"""
     parts = []
-    beside = any(name in rows for name in ("kernel10", "kernel1"))
     for ours, theirs, epsilon in (("eps10", "kernel10", 10), ("eps1", "kernel1", 1)):
-        if ours in rows and not beside and (alone := accuracy_of(rows[ours])) is not None:
-            parts.append(
-                f"At ε = {epsilon} a CNN trained on our images reaches {100 * alone:.1f} % on real ones."
-            )
-        if ours in rows and theirs in rows:
-            a, b = accuracy_of(rows[ours]), accuracy_of(rows[theirs])
-            if a is not None and b is not None:
-                word = "above" if a > b else "**not above**"
-                if 0 < a - b < max(_spread(rows[ours]), _spread(rows[theirs])):
-                    word = "above, by less than the spread over seeds,"
-                parts.append(
-                    f"At ε = {epsilon} a CNN trained on our images reaches {100 * a:.1f} % on real ones, {word} the "
-                    f"kernel baseline run here ({100 * b:.1f} %)."
-                )
+        a = accuracy_of(rows[ours]) if ours in rows else None
+        b = accuracy_of(rows[theirs]) if theirs in rows else None
+        if a is None:
+            continue
+        sentence = f"At ε = {epsilon} a CNN trained on our images reaches {100 * a:.1f} % on real ones"
+        if b is not None:
+            word = "above" if a > b else "**not above**"
+            if 0 < a - b < max(_spread(rows[ours]), _spread(rows[theirs])):
+                word = "above, by less than the spread over seeds,"
+            sentence += f", {word} the kernel baseline run here ({100 * b:.1f} %)"
+        parts.append(f"{sentence}.")
     public = accuracy_of(rows["public"]) if "public" in rows else None
     if public is not None:
         parts.append(f"The public model alone, which saw no private image, gives {100 * public:.1f} %.")

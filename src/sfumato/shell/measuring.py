@@ -55,9 +55,10 @@ def bench(
     run_bench(asked, Console())
 
 
-#: Options of some papers alone; the rest is for the papers on few-step and secure diffusion.
-_OF_COSTS = ("network", "run", "scores")
-_OF_DP = ("data", "public", "rows", "guidance", "classifiers", "device", "inception", "images")
+#: Options of some papers alone; every other is for the papers on diffusion, and some of those for dp-ldm too.
+_OF_COSTS = {"network", "run", "scores"}
+_OF_DP = {"data", "public", "rows", "guidance", "classifiers", "device"}
+_OF_IMAGES = {"images", "inception"}
 
 
 def _refuse_others(context: typer.Context, paper: str) -> None:
@@ -67,13 +68,16 @@ def _refuse_others(context: typer.Context, paper: str) -> None:
     """
     from sfumato.shell.costs import DEFAULT_MODELS
 
-    everywhere = {"paper", "model", "out"}
-    own = set(_OF_COSTS if paper in DEFAULT_MODELS else _OF_DP)
-    if paper not in DEFAULT_MODELS and paper != "dp-ldm":
-        own = set(context.params) - set(_OF_COSTS) - (set(_OF_DP) - {"inception", "images"})
+    own = {"paper", "model", "out"}
+    if paper in DEFAULT_MODELS:
+        own |= _OF_COSTS
+    elif paper == "dp-ldm":
+        own |= _OF_DP | _OF_IMAGES
+    else:
+        own = set(context.params) - _OF_COSTS - _OF_DP
     for name in context.params:
         source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in own | everywhere:
+        if source is not None and source.name == "COMMANDLINE" and name not in own:
             option = {"main_rows": "main"}.get(name, name).replace("_", "-")
             raise JobError(f"{paper} has no use for --{option}; leave it out")
 
